@@ -1,0 +1,71 @@
+# Every target does its own set-up; `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+HOSTS ?= 3
+BACKEND ?= host-gw
+
+# A command each package is known by, and what has no command: the C library's and Python's headers.
+PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
+	openssl:openssl gcc:gcc
+HEADERS := libc6-dev python3-dev python3-venv
+
+.PHONY: help install packages demo test lint unit netns clean
+
+help:
+	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
+	@echo "               HOSTS=5 and BACKEND=host-gw choose others"
+	@echo "make test      lint, types, unit tests and, as root, the tests on the real kernel"
+	@echo "make install   the virtual environment $(VENV) and the Debian packages that are missing"
+	@echo "make lint      ruff and mypy only"
+	@echo "make unit      unit tests only (no root, no network)"
+	@echo "make netns     the tests on the real kernel only (root)"
+	@echo "make clean     remove $(VENV) and everything that was built"
+
+install: $(STAMP)
+
+packages:
+	@missing=""; \
+	for pair in $(PACKAGES); do \
+		command -v $${pair%%:*} >/dev/null || [ -x /usr/sbin/$${pair%%:*} ] || missing="$$missing $${pair##*:}"; \
+	done; \
+	$(PYTHON) -c 'import ensurepip, sysconfig, os; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")' \
+		2>/dev/null && [ -e /usr/include/stdio.h ] || missing="$$missing $(HEADERS)"; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" != 0 ]; then echo "missing Debian packages:$$missing (apt-get install them as root)"; exit 1; fi; \
+	echo "installing$$missing"; \
+	apt-get install -y --no-install-recommends $$missing >/dev/null 2>&1 || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }
+
+$(STAMP): pyproject.toml flanneld/__init__.py Makefile
+	@$(MAKE) --no-print-directory packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flanneld needs Python 3.11 or later: make PYTHON=...")'
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "installing the Python packages into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --editable . --group dev
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m lab.demo --hosts $(HOSTS) --backend $(BACKEND)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/pytest tests/unit
+
+netns: $(STAMP)
+	$(BIN)/pytest tests/netns
+
+test: lint
+	$(BIN)/pytest tests
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find flanneld lab tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Backends: how packets get to the other hosts' subnets."""

@@ -1,0 +1,66 @@
+"""What a backend is, for `flanneld.main` and the registry."""
+
+import threading
+from collections.abc import Callable
+from ipaddress import IPv4Network
+from typing import Protocol
+
+from flanneld.interface import ExternalInterface
+from flanneld.subnet.config import Config
+from flanneld.subnet.lease import Lease
+from flanneld.subnet.manager import SubnetManager
+
+
+class Network(Protocol):
+    """This host's part of the overlay network, once registered."""
+
+    @property
+    def lease(self) -> Lease:
+        """Our own lease, as acquired."""
+        ...
+
+    @property
+    def mtu(self) -> int:
+        """The MTU of containers, in bytes."""
+        ...
+
+    def run(self, stop: threading.Event, synced: Callable[[], None]) -> None:
+        """Follow the other hosts' leases until ``stop``; runs in a thread of its own.
+
+        Calls ``synced`` once, when the first set of peers is in the kernel. Raises only if it
+        cannot go on. What it has set up in the kernel stays behind.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Make `run` look at ``stop`` at once."""
+        ...
+
+
+class Backend(Protocol):
+    """A way to get packets to the other hosts' subnets."""
+
+    def register_network(self, config: Config, stop: threading.Event) -> Network:
+        """Acquire a lease and configure the device.
+
+        Raises BackendError if the config's backend keys are wrong or the host cannot do it, and
+        Stopped when ``stop`` is set meanwhile.
+        """
+        ...
+
+
+class Constructor(Protocol):
+    """What the registry keeps under a backend's name."""
+
+    def __call__(
+        self,
+        manager: SubnetManager,
+        external: ExternalInterface,
+        previous_network: IPv4Network | None,
+    ) -> Backend:
+        """Build the backend; nothing is touched yet.
+
+        ``previous_network`` is the Network of this host's former run: what is left of it in the
+        kernel is ours to remove. Raises BackendError if this host cannot run the backend.
+        """
+        ...

@@ -1,0 +1,292 @@
+"""Makes the kernel's entries equal to those wanted, and keeps them so.
+
+The `Reconciler` owns the slots of the entries it is given (see `state`). It writes what is new at
+once, and listens to the kernel for what others do: a slot that somebody touched is written again;
+after anything that may have cost entries without saying so (a link going down takes its IPv4
+routes along silently) the kernel's entries are compared with those wanted. It is used by one
+thread only, which calls `Reconciler.handle` when the descriptor is readable and `Reconciler.work`
+when `Reconciler.due` says so.
+"""
+
+import errno
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+
+from flanneld.clock import now
+from flanneld.kernel.netlink import (
+    AddressEvent,
+    EntryEvent,
+    EntrySocket,
+    KernelEvent,
+    LinkEvent,
+    Monitor,
+    Overflow,
+    Refusal,
+)
+from flanneld.kernel.state import PROTOCOL, Entry, Found, Route, Slot, contains, difference
+from flanneld.logs import verbose
+
+log = logging.getLogger(__name__)
+
+# Seconds between comparisons when nothing happens: a net below the events, which suffice.
+CHECK = 60.0
+# The same while the kernel refuses entries; the original's interval.
+CHECK_REFUSED = 10.0
+# Seconds until the kernel is asked again after a request failed as a whole.
+CHECK_FAILED = 1.0
+
+# Seconds between two repairs. Somebody who keeps deleting our entries gets slower answers, but
+# never slower than half a second.
+FIRST_GAP, LONGEST_GAP, CALM = 0.02, 0.5, 5.0
+
+# From this many entries on, one line says it for all.
+MANY = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Territory:
+    """What is ours to remove, wanted or not."""
+
+    networks: tuple[IPv4Network, ...]
+    """Routes with our protocol number inside these. Other flannelds on this host, with other
+    networks, mark their routes alike."""
+    device: int = 0
+    """Permanent neighbours and FDB entries of this device (an index; 0: of none)."""
+
+    def holds(self, found: Found) -> bool:
+        """Tell whether an entry is ours."""
+        entry = found.entry
+        if isinstance(entry, Route):
+            return found.protocol == PROTOCOL and any(
+                contains(network, entry.dst) for network in self.networks
+            )
+        return entry.oif == self.device and found.plain
+
+
+class Reconciler:
+    """Keeps a set of entries in the kernel of the present network namespace."""
+
+    def __init__(self, *, neighbours: bool = False) -> None:
+        """``neighbours``: there will be neighbours and FDB entries, too.
+
+        Nothing is changed before the first `set_all`. Raises OSError without netlink.
+        """
+        self._territory = Territory(())
+        self._wanted: dict[Slot, Entry] = {}
+        self._touched: dict[Slot, None] = {}
+        self._refused: dict[Entry, str] = {}
+        # The monitor first: what happens during the first comparison is seen by one of them.
+        self._monitor = Monitor(neighbours=neighbours)
+        self._requests: EntrySocket | None = None
+        self._port = 0
+        self._check_at: float | None = None
+        self._gap = FIRST_GAP
+        self._repaired_at = now() - CALM
+        self._trouble = ""
+        self.in_step = False
+        """A comparison has succeeded."""
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when the kernel has something to tell."""
+        return self._monitor.fileno()
+
+    def set_all(self, entries: Iterable[Entry], territory: Territory) -> None:
+        """Want exactly these entries, and compare with the kernel at once."""
+        self._territory = territory
+        self._wanted = {entry.slot: entry for entry in entries}
+        self._check()
+
+    def update(self, put: Sequence[Entry], drop: Iterable[Slot]) -> None:
+        """Want these entries, too, and those no more: new ones in, old ones out, in one batch."""
+        gone = [entry for slot in drop if (entry := self._wanted.pop(slot, None)) is not None]
+        self._wanted.update((entry.slot, entry) for entry in put)
+        # What is wanted again has been replaced in its slot.
+        gone = [entry for entry in gone if entry.slot not in self._wanted]
+        self._apply(put, [Found(entry, PROTOCOL) for entry in gone])
+
+    def handle(self) -> list[KernelEvent]:
+        """Read what the kernel has to tell, and note what it means for our entries."""
+        events = self._monitor.read()
+        devices = {entry.oif for entry in self._wanted.values()} if _has_devices(events) else set()
+        for event in events:
+            match event:
+                case EntryEvent():
+                    self._entry_event(event)
+                case LinkEvent(link=link):
+                    self._device_event(link.index in devices)
+                case AddressEvent(index=index):
+                    self._device_event(index in devices)
+                case Overflow():
+                    log.warning("Kernel events were lost: comparing everything")
+                    self._check_soon()
+        return events
+
+    def due(self) -> float | None:
+        """Return the seconds until `work` has something to do; None if nothing is planned."""
+        times = [self._check_at] if self._check_at is not None else []
+        if self._touched:
+            times.append(self._repaired_at + self._gap)
+        return max(0.0, min(times) - now()) if times else None
+
+    def work(self) -> None:
+        """Do what is due."""
+        time = now()
+        if self._touched and time >= self._repaired_at + self._gap:
+            self._repair(time)
+        if self._check_at is not None and now() >= self._check_at:
+            self._check()
+
+    def close(self) -> None:
+        """Close the sockets; the entries stay."""
+        self._monitor.close()
+        if self._requests is not None:
+            self._requests.close()
+
+    def _entry_event(self, event: EntryEvent) -> None:
+        if event.port == self._port:
+            return
+        found = event.found
+        slot = found.entry.slot
+        if slot in self._wanted and found.in_slot:
+            as_wanted = found.plain and found.entry == self._wanted[slot]
+            if event.deleted or not as_wanted or not self._territory.holds(found):
+                self._touched[slot] = None
+        elif not event.deleted and self._territory.holds(found):
+            self._check_soon()
+
+    def _device_event(self, concerns_us: bool) -> None:
+        # An address or a device of somebody else may be what a refused route was waiting for.
+        if concerns_us or self._refused:
+            self._check_soon()
+
+    def _check_soon(self) -> None:
+        wait = max(self._repaired_at + self._gap, now())
+        self._check_at = wait if self._check_at is None else min(self._check_at, wait)
+
+    def _repair(self, time: float) -> None:
+        """Write what somebody touched; in the order wanted, as a route comes after its gateway."""
+        if len(self._touched) == 1:
+            entries = [self._wanted[s] for s in self._touched if s in self._wanted]
+        else:
+            entries = [entry for s, entry in self._wanted.items() if s in self._touched]
+        self._touched.clear()
+        self._slow_down(time)
+        if self._apply(entries, []):
+            self._log_recovered([entry for entry in entries if entry not in self._refused])
+
+    def _slow_down(self, time: float) -> None:
+        calm = time - self._repaired_at >= CALM
+        self._gap = FIRST_GAP if calm else min(self._gap * 2, LONGEST_GAP)
+        self._repaired_at = time
+
+    def _check(self) -> None:
+        """Compare everything with the kernel, and mend what differs."""
+        self._touched.clear()
+        self._check_at = now() + CHECK
+        try:
+            found = self._find()
+        except OSError as error:
+            self._failed(error)
+            return
+        changes = difference(self._wanted, found, self._territory.holds)
+        tried_before = set(self._refused)
+        if changes.write or changes.delete:
+            self._slow_down(now())
+        if not self._apply(changes.write, changes.delete):
+            return
+        if self._trouble:
+            log.info("The kernel takes our entries again")
+            self._trouble = ""
+        _log_many("Removed stale %s", [str(item.entry) for item in changes.delete])
+        if self.in_step:
+            known = tried_before | set(self._refused)
+            self._log_recovered([entry for entry in changes.write if entry not in known])
+        self.in_step = True
+
+    def _find(self) -> list[Found]:
+        requests = self._socket()
+        found = requests.routes(PROTOCOL)
+        if self._territory.device:
+            found += requests.neighbours(self._territory.device)
+            found += requests.fdb(self._territory.device)
+        return found
+
+    def _apply(self, write: Sequence[Entry], delete: Sequence[Found]) -> bool:
+        """Write and delete in one batch. Return False if the kernel could not be asked."""
+        try:
+            refused, kept = self._socket().apply(write, delete)
+            for entry in [e for e, why in refused.items() if why.number == errno.EEXIST]:
+                del refused[entry]
+                refused |= self._clear_slot(entry)
+        except OSError as error:
+            self._failed(error)
+            return False
+        for item, why in kept.items():
+            log.error("Error deleting %s: %s", item.entry, why)
+        self._note_refusals(write, refused)
+        return True
+
+    def _clear_slot(self, entry: Entry) -> dict[Entry, Refusal]:
+        """Write an entry that is there, but behind another route that somebody put before it."""
+        others = [
+            item
+            for item in self._socket().routes(0)
+            if item.in_slot and item.entry.slot == entry.slot and not self._territory.holds(item)
+        ]
+        log.warning("Removing %d other routes from before our %s", len(others), entry)
+        self._socket().apply([], others)
+        return self._socket().apply([entry], [])[0]
+
+    def _note_refusals(self, tried: Sequence[Entry], refused: dict[Entry, Refusal]) -> None:
+        fresh = [e for e, why in refused.items() if self._refused.get(e) != str(why)]
+        recovered = [e for e in tried if e in self._refused and e not in refused]
+        for entry in recovered:
+            del self._refused[entry]
+        self._refused.update((entry, str(why)) for entry, why in refused.items())
+        if self._refused:
+            self._refused = {
+                entry: why
+                for entry, why in self._refused.items()
+                if self._wanted.get(entry.slot) == entry
+            }
+        _log_many("Error adding %s", [f"{e}: {refused[e]}" for e in fresh], logging.ERROR)
+        self._log_recovered(recovered)
+        if self._refused:
+            retry = now() + CHECK_REFUSED
+            self._check_at = retry if self._check_at is None else min(self._check_at, retry)
+
+    @staticmethod
+    def _log_recovered(entries: Sequence[Entry]) -> None:
+        routes = [entry for entry in entries if isinstance(entry, Route)]
+        _log_many("Route recovered %s", [f"{route.dst} : {route.via}" for route in routes])
+        _log_many("Recovered %s", [str(e) for e in entries if not isinstance(e, Route)])
+
+    def _socket(self) -> EntrySocket:
+        if self._requests is None:
+            self._requests = EntrySocket()
+            self._port = self._requests.port
+        return self._requests
+
+    def _failed(self, error: OSError) -> None:
+        """The kernel could not be asked: say so once, and compare again in a moment."""
+        if str(error) != self._trouble:
+            self._trouble = str(error)
+            log.error("The kernel does not take our entries, trying every second: %s", error)
+        if self._requests is not None:
+            self._requests.close()
+            self._requests = None
+        self._check_at = now() + CHECK_FAILED
+
+
+def _has_devices(events: Sequence[KernelEvent]) -> bool:
+    return any(isinstance(event, LinkEvent | AddressEvent) for event in events)
+
+
+def _log_many(text: str, items: Sequence[str], level: int = logging.INFO) -> None:
+    """Log one line for each item; of many, only a few and their number."""
+    for number, item in enumerate(items):
+        log.log(level if number < MANY else verbose(1), text, item)
+    if len(items) > MANY:
+        log.log(level, f"{text} (-v=1 lists them)", f"{len(items)} in all")

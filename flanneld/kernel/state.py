@@ -1,0 +1,134 @@
+"""The kernel state a backend wants, and what must be done to get there. Pure.
+
+An `Entry` is a route, a neighbour or an FDB entry. Each has a slot, the key by which the kernel
+tells it from others: a route its destination (in the main table, with metric 0 and TOS 0), a
+neighbour its address and device, an FDB entry its MAC and device. The slot of an entry we want is
+ours: whatever else stands there is replaced. Outside of these slots only what is marked as ours
+is touched.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+
+# Marks our routes (`ip route show proto 102`). Not assigned in iproute2's rt_protos up to 6.12.
+PROTOCOL = 102
+
+Slot = Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A unicast IPv4 route: main table, metric 0, scope global."""
+
+    dst: IPv4Network
+    via: IPv4Address
+    oif: int
+    """Index of the output device."""
+    onlink: bool = False
+    """The gateway is taken to be on the link, whatever the addresses say."""
+
+    @property
+    def slot(self) -> Slot:
+        """See the module's text."""
+        return self.dst
+
+    def __str__(self) -> str:
+        return f"route to {self.dst} via {self.via}"
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A permanent IPv4 neighbour."""
+
+    ip: IPv4Address
+    mac: bytes
+    """6 bytes"""
+    oif: int
+
+    @property
+    def slot(self) -> Slot:
+        """See the module's text."""
+        return ("neighbour", self.ip, self.oif)
+
+    def __str__(self) -> str:
+        return f"neighbour {self.ip} lladdr {self.mac.hex(':')}"
+
+
+@dataclass(frozen=True, slots=True)
+class FdbEntry:
+    """A permanent forwarding entry of a vxlan device: the host behind a MAC."""
+
+    mac: bytes
+    """6 bytes"""
+    dst: IPv4Address
+    oif: int
+
+    @property
+    def slot(self) -> Slot:
+        """See the module's text."""
+        return ("fdb", self.mac, self.oif)
+
+    def __str__(self) -> str:
+        return f"FDB entry {self.mac.hex(':')} dst {self.dst}"
+
+
+Entry = Route | Neighbour | FdbEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An entry as the kernel reports it."""
+
+    entry: Entry
+    """Of a route without gateway or device, ``via`` is 0.0.0.0 and ``oif`` 0."""
+    protocol: int = 0
+    """Of a route; `PROTOCOL` marks ours."""
+    metric: int = 0
+    """Of a route."""
+    plain: bool = True
+    """Nothing about it that ours lack: a route has one next hop and no TOS, source or metrics; a
+    neighbour or FDB entry is permanent."""
+
+    @property
+    def in_slot(self) -> bool:
+        """Whether it stands where an entry of ours would."""
+        return self.metric == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What leads from the found state to the wanted one."""
+
+    write: tuple[Entry, ...]
+    """To add, or to replace what stands in the slot; in the order given by what is wanted."""
+    delete: tuple[Found, ...]
+
+
+def difference(
+    wanted: Mapping[Slot, Entry], found: Iterable[Found], ours: Callable[[Found], bool]
+) -> Difference:
+    """Compare what is wanted with what was found.
+
+    ``ours`` says whether a found entry that is not wanted is ours to remove. Applying the result
+    and comparing again gives nothing to do.
+    """
+    present: set[Slot] = set()
+    delete = []
+    for item in found:
+        slot = item.entry.slot
+        if item.in_slot and slot in wanted:
+            # Anything else in the slot is replaced by the write, in one step.
+            if item.plain and item.entry == wanted[slot] and ours(item):
+                present.add(slot)
+        elif ours(item):
+            delete.append(item)
+    write = tuple(entry for slot, entry in wanted.items() if slot not in present)
+    return Difference(write, tuple(delete))
+
+
+def contains(outer: IPv4Network, inner: IPv4Network) -> bool:
+    """Tell whether ``inner`` lies inside ``outer``; cheaper than `IPv4Network.subnet_of`."""
+    return outer.prefixlen <= inner.prefixlen and int(inner.network_address) & int(
+        outer.netmask
+    ) == int(outer.network_address)

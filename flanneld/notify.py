@@ -1,0 +1,42 @@
+"""What systemd is told (sd_notify): READY, STATUS and STOPPING."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+
+class Notifier:
+    """Talks to the service manager, or to nobody if there is none. Safe for several threads.
+
+    Never blocks and never fails: the daemon does not depend on who listens.
+    """
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        """Take NOTIFY_SOCKET out of ``environ``, so that no child process can speak for us."""
+        self._notifier: Any = None
+        if environ.get("NOTIFY_SOCKET"):
+            # Without the variable sdnotify would leave a socket open for nothing.
+            import sdnotify
+
+            self._notifier = sdnotify.SystemdNotifier()
+            if self._notifier.socket is not None:
+                # Its queue holds a dozen messages; a service manager that hangs must not stop us.
+                self._notifier.socket.setblocking(False)
+            environ.pop("NOTIFY_SOCKET")
+
+    def ready(self) -> None:
+        """Say that the subnet file and the first peers are in place."""
+        self._send("READY=1")
+
+    def status(self, text: str) -> None:
+        """Show one line in ``systemctl status``."""
+        # sdnotify encodes Latin-1, systemd wants UTF-8: ASCII is both.
+        line = text.encode("ascii", "replace").decode().replace("\n", " ")
+        self._send(f"STATUS={line}")
+
+    def stopping(self) -> None:
+        """Say that the daemon is on its way out."""
+        self._send("STOPPING=1")
+
+    def _send(self, message: str) -> None:
+        if self._notifier is not None:
+            self._notifier.notify(message)

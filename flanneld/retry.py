@@ -1,0 +1,67 @@
+"""How a loop behaves while something it needs is away: growing pauses, and one log line."""
+
+import logging
+import random
+import threading
+from collections.abc import Callable
+
+from flanneld.clock import now
+from flanneld.logs import go_duration
+
+# Seconds. The cap is what an operator waits at most after the store is healthy again.
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 3.0
+
+# Seconds after which a failure that stays the same is logged once more.
+REPEAT = 60.0
+
+
+class Outage:
+    """One thing that may be away for a while, seen from one loop."""
+
+    def __init__(
+        self,
+        log: Callable[[int, str], None],
+        message: str,
+        *,
+        steady: float | None = None,
+        recovered: str | None = None,
+    ) -> None:
+        """Failures are logged as ``message: reason`` when the reason changes, then once a minute.
+
+        ``steady`` is a pause that does not grow. ``recovered`` is logged, with how long it took,
+        at the first success after a failure.
+        """
+        self._log = log
+        self._message = message
+        self._steady = steady
+        self._recovered = recovered
+        self._since: float | None = None
+        self._reason = ""
+        self._logged = 0.0
+        self._pause = FIRST_PAUSE
+
+    def failed(self, reason: object, stop: threading.Event, level: int = logging.ERROR) -> bool:
+        """Take note of a failure and pause; return False if it is time to stop."""
+        text, time = str(reason), now()
+        if self._since is None:
+            self._since = time
+        if text != self._reason or time - self._logged >= REPEAT:
+            self._log(level, f"{self._message}: {text}")
+            self._reason, self._logged = text, time
+        return not stop.wait(self._next_pause())
+
+    def over(self) -> None:
+        """Take note of a success."""
+        if self._since is not None and self._recovered:
+            away = go_duration(round(now() - self._since) * 1_000_000_000)
+            self._log(logging.INFO, f"{self._recovered} (after {away})")
+        self._since, self._reason, self._pause = None, "", FIRST_PAUSE
+
+    def _next_pause(self) -> float:
+        if self._steady is not None:
+            return self._steady
+        pause = self._pause
+        self._pause = min(pause * 2, LONGEST_PAUSE)
+        # Half of it at random: hosts that lost the same store do not come back in step.
+        return pause * random.uniform(0.5, 1.0)  # noqa: S311 - no secret depends on it

@@ -1,0 +1,216 @@
+"""python-etcd's client for one endpoint, mended.
+
+python-etcd 0.4.5 speaks the protocol well, but was not written for a daemon that must outlive
+its servers. What it gets wrong about one connection is put right here:
+
+* It repeats requests by itself, so that a create whose answer was lost comes back as "already
+  exists" for our own write, and a hung server costs four timeouts. Here: no retries.
+* A blocked watch cannot be ended from another thread. Here: `OpenSockets.close` shuts down every
+  socket, which ends a request in whichever phase it is.
+* A hung server is noticed only after the watch's own timeout. Here: the answer's head must come
+  within seconds; only the wait for the event itself may last long.
+* A watch that timed out forgets how far the store had come, and is later told that the history
+  is cleared. Here: the head's index is kept, and a member that lags behind is recognised by it.
+* Passwords beyond Latin-1 fail, and a user without a password is not sent at all.
+
+HTTP proxies from the environment are not used.
+"""
+
+import contextlib
+import socket
+import ssl
+import threading
+import weakref
+from base64 import b64encode
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import etcd
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from flanneld.errors import OptionError, StoreUnavailable
+from flanneld.subnet.store import Behind
+
+# Seconds. The original waits 1 s for a connection and for ever for an answer. etcd itself gives
+# up a write without quorum after 7 s, but by then another member deserves its turn.
+CONNECT_TIMEOUT = 2.0
+ANSWER_TIMEOUT = 5.0
+
+# So that a host that vanished without closing its connections is noticed within a minute.
+_KEEPALIVE = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """How to reach the store: TLS files (PEM paths) and HTTP basic auth; empty means unused."""
+
+    cert_file: str = ""
+    key_file: str = ""
+    ca_file: str = ""
+    username: str = ""
+    password: str = field(default="", repr=False)
+
+
+@dataclass(slots=True)
+class Head:
+    """What the head of the answer to a poll said."""
+
+    after: int
+    timeout: float
+    index: int = 0
+
+
+class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type information
+    """python-etcd's client for one endpoint, mended."""
+
+    def __init__(
+        self,
+        url: tuple[str, str, int],
+        context: ssl.SSLContext | None,
+        credentials: Credentials,
+        sockets: "OpenSockets",
+    ) -> None:
+        scheme, host, port = url
+        super().__init__(host=host, port=port, protocol=scheme, allow_reconnect=False)
+        self._read_timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT, read=ANSWER_TIMEOUT)
+        self._authorization = _basic_auth(credentials)
+        self._expected = threading.local()
+        self.http.connection_pool_kw.update(
+            # `total` would also count redirects, which a follower may need to send.
+            retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5),
+            timeout=self._read_timeout,
+            socket_options=_KEEPALIVE,
+        )
+        if scheme == "https" and context is not None:
+            self.http.connection_pool_kw["ssl_context"] = context
+        self.http.pool_classes_by_scheme = _pool_classes(sockets)
+
+    def expect_event(self, after: int | None, timeout: float) -> Head:
+        """Announce that this thread's next request is a poll (None: is not)."""
+        head = Head(after or 0, timeout)
+        self._expected.head = head if after is not None else None
+        return head
+
+    def _check_cluster_id(self, response: Any) -> None:
+        # python-etcd calls this between an answer's head and its body: the one moment to look at
+        # a poll's head. A changed cluster id is no error here: a store that lost its data shows
+        # by its index, and a poll must not fail once for each connection.
+        head: Head | None = getattr(self._expected, "head", None)
+        if head is None or response.status != 200:
+            return
+        head.index = int(response.headers.get("X-Etcd-Index", 0))
+        if head.index < head.after:
+            response.close()
+            raise Behind(f"{self.base_uri} is at index {head.index}, not yet at {head.after}")
+        if response.connection is not None and response.connection.sock is not None:
+            response.connection.sock.settimeout(head.timeout)
+
+    def _result_from_response(self, response: Any) -> Any:
+        if not response.data.strip():  # some servers end an idle poll with an empty answer
+            raise etcd.EtcdWatchTimedOut("empty answer")
+        return super()._result_from_response(response)
+
+    def _get_headers(self) -> dict[str, str]:
+        return self._authorization
+
+
+class OpenSockets:
+    """The sockets of all connections, so that another thread can shut them down."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._closed = False
+
+    def add(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._sockets.add(sock)
+            if self._closed:
+                _shut_down(sock)
+
+    def check_open(self) -> None:
+        """Raise StoreUnavailable after `close`."""
+        if self._closed:
+            raise StoreUnavailable("the connection to the store was closed")
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for sock in self._sockets:
+                _shut_down(sock)
+
+
+def _shut_down(sock: socket.socket) -> None:
+    # A socket that is not connected any more has nobody waiting for it.
+    with contextlib.suppress(OSError):
+        # Not sock.shutdown: SSLSocket's takes the TLS state away under the thread that reads.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _pool_classes(sockets: OpenSockets) -> dict[str, type[HTTPConnectionPool]]:
+    class Plain(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            sockets.add(self.sock)
+
+    class Tls(HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            sockets.add(self.sock)
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class TlsPool(HTTPSConnectionPool):
+        ConnectionCls = Tls
+
+    return {"http": PlainPool, "https": TlsPool}
+
+
+def parse_endpoint(text: str) -> tuple[str, str, int]:
+    """Return (scheme, host, port) of one base URL; without a scheme it is http."""
+    problem = f"unusable etcd endpoint {text!r}: write http://HOST:PORT or https://HOST:PORT"
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        port = parts.port
+    except ValueError as error:
+        raise OptionError(f"{problem} ({error})") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+        raise OptionError(problem)
+    if any(c.isspace() for c in text) or parts.username is not None:
+        raise OptionError(problem)
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return parts.scheme, host, port or (443 if parts.scheme == "https" else 80)
+
+
+def tls_context(credentials: Credentials) -> ssl.SSLContext | None:
+    cert, key, ca = credentials.cert_file, credentials.key_file, credentials.ca_file
+    if not (cert or key or ca):
+        return None
+    context = ssl.create_default_context()
+    step = f"CA file {ca}"
+    try:
+        if ca:
+            context = ssl.create_default_context(cafile=ca)
+        if cert or key:
+            step = f"client certificate {cert} with key {key}"
+            context.load_cert_chain(cert, key)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise OptionError(f"cannot use the etcd {step}: {error}") from error
+    return context
+
+
+def _basic_auth(credentials: Credentials) -> dict[str, str]:
+    if not credentials.username:
+        return {}
+    text = f"{credentials.username}:{credentials.password}".encode()
+    return {"Authorization": "Basic " + b64encode(text).decode()}

@@ -1,0 +1,202 @@
+"""Snapshot plus watch: which leases the peers hold, from what the store says.
+
+`LeaseTracker` is the one place where a snapshot and the events after it are merged. It is pure:
+the caller brings snapshots, events and the time, and gets the changes.
+
+The algorithm. ``index`` is a high-water mark: everything up to it is contained in the known
+leases. A snapshot is compared with the known leases whole, attributes too, since a peer may have
+changed its MAC or address while nobody looked. An event at or below the mark is old news. A
+renewal changes nothing and yields nothing. A key that becomes unreadable, or whose lease must not
+be used, counts as gone.
+
+A store that went back in time (emptied, or restored from a backup) is believed in what it adds,
+not in what it lacks: its peers are still there, and will publish their leases again. So what it
+lost is held, with the attributes last known, until the first of these: an event for that key;
+another key that takes the same range or the same public IP; the end of the lease as last known.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from flanneld.subnet.lease import BadLease, Lease, parse_lease
+from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
+
+# How long a lost reservation is held: it has no end of its own. As long as a lease.
+HOLD_RESERVATION = 86400.0
+
+
+class EventType(Enum):
+    """What became of a peer's lease."""
+
+    ADDED = "added"
+    """New, or changed: then `LeaseEvent.previous` is what it was."""
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEvent:
+    """One change of the set of peers' leases."""
+
+    type: EventType
+    lease: Lease
+    previous: Lease | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    lease: Lease
+    ends: float
+
+
+class LeaseTracker:
+    """The peers' leases as known here; turns what the store says into changes of them."""
+
+    def __init__(self, own: str, reject: Callable[[Lease], str | None]) -> None:
+        """``own`` is the name of this host's key, which is nobody's business here.
+
+        ``reject`` says why a readable lease must not be used, or None if it may.
+        """
+        self.index = 0
+        self._own = own
+        self._reject = reject
+        self._known: dict[str, _Known] = {}
+        # What the store lost, and what it has in its place: nothing, or an older lease.
+        self._held: dict[str, Lease | None] = {}
+        self._ignored: dict[str, str] = {}
+        self._notes: list[str] = []
+
+    def leases(self) -> list[Lease]:
+        """Return the leases in use now, held ones included."""
+        return [known.lease for known in self._known.values()]
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def advance(self, index: int) -> None:
+        """Take note that there is no event up to ``index``."""
+        self.index = max(self.index, index)
+
+    def take_notes(self) -> list[str]:
+        """Return, once, what is worth a warning: each newly ignored key, and lost data."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def snapshot(self, snapshot: Snapshot, now: float) -> list[LeaseEvent]:
+        """Compare a snapshot with the known leases; ``now`` is in seconds of a steady clock."""
+        present = {node.name for node in snapshot.nodes}
+        found = {node.name: lease for node in snapshot.nodes if (lease := self._read(node))}
+        self._ignored = {n: why for n, why in self._ignored.items() if n in present}
+        went_back = self._went_back(snapshot, found)
+        self.index = snapshot.index
+        before = len(self._held)
+        events: list[LeaseEvent] = []
+        for name in self._known.keys() - found.keys():
+            if name not in present and (went_back or name in self._held):
+                self._held[name] = None
+            else:
+                events += self._drop(name)
+        for name, lease in found.items():
+            known = self._known.get(name)
+            if known and went_back and known.lease.attrs != lease.attrs:
+                self._held[name] = lease
+            elif name not in self._held or not _same_write(self._held[name], lease):
+                events += self._take(name, lease, now)
+        self._note_held(before)
+        return events + self.expire(now)
+
+    def event(self, event: StoreEvent, now: float) -> list[LeaseEvent]:
+        """Apply one event of the store."""
+        if event.index <= self.index:
+            return []
+        self.index = event.index
+        if event.change is Change.ALL_GONE:
+            before = len(self._held)
+            self._held = dict.fromkeys(self._known)
+            self._ignored.clear()
+            self._note_held(before)
+            return self.expire(now)
+        lease = self._read(event.node) if event.node else None
+        if lease is not None:
+            return self._take(event.name, lease, now)
+        if event.node is None:
+            self._ignored.pop(event.name, None)
+        return self._drop(event.name)
+
+    def expire(self, now: float) -> list[LeaseEvent]:
+        """Give up the held leases whose time is over."""
+        events: list[LeaseEvent] = []
+        for name, instead in list(self._held.items()):
+            if self._known[name].ends <= now:
+                events += self._drop(name) if instead is None else self._take(name, instead, now)
+        return events
+
+    def _went_back(self, snapshot: Snapshot, found: dict[str, Lease]) -> bool:
+        """Tell whether the store knows less than it once told us.
+
+        The index alone does not show it: a store that was emptied may have come past our mark
+        again. But a key whose index went back, or all keys gone at one stroke, shows it too.
+        """
+        if snapshot.index < self.index:
+            return True
+        believed = self._known.keys() - self._held.keys()
+        if believed and not snapshot.nodes:
+            return True
+        return any(
+            found[name].modified_index < self._known[name].lease.modified_index
+            for name in believed & found.keys()
+        )
+
+    def _read(self, node: Node) -> Lease | None:
+        if node.name == self._own:
+            return None
+        try:
+            lease = parse_lease(node.name, node.value, node.ttl, node.index)
+            reason = self._reject(lease)
+        except BadLease as error:
+            reason = str(error)
+        if reason is None:
+            self._ignored.pop(node.name, None)
+            return lease
+        if self._ignored.get(node.name) != reason:
+            self._ignored[node.name] = reason
+            self._notes.append(f"Ignoring bad subnet node {node.name}: {reason}")
+        return None
+
+    def _take(self, name: str, lease: Lease, now: float) -> list[LeaseEvent]:
+        events: list[LeaseEvent] = []
+        self._held.pop(name, None)
+        for other in list(self._held):
+            if _replaces(lease, self._known[other].lease):
+                events += self._drop(other)
+        before = self._known.get(name)
+        ends = now + (HOLD_RESERVATION if lease.ttl is None else lease.ttl)
+        self._known[name] = _Known(lease, ends)
+        if before is None:
+            events.append(LeaseEvent(EventType.ADDED, lease))
+        elif before.lease.attrs != lease.attrs:
+            events.append(LeaseEvent(EventType.ADDED, lease, before.lease))
+        return events
+
+    def _note_held(self, before: int) -> None:
+        if len(self._held) > before:
+            self._notes.append(
+                f"The store has lost {len(self._held)} leases (emptied, or restored from backup?):"
+                " the ways to their hosts are kept until they publish them again"
+            )
+
+    def _drop(self, name: str) -> list[LeaseEvent]:
+        self._held.pop(name, None)
+        known = self._known.pop(name, None)
+        return [] if known is None else [LeaseEvent(EventType.REMOVED, known.lease)]
+
+
+def _same_write(held: Lease | None, lease: Lease) -> bool:
+    return held is not None and (held.modified_index, held.attrs) == (
+        lease.modified_index,
+        lease.attrs,
+    )
+
+
+def _replaces(new: Lease, held: Lease) -> bool:
+    return new.subnet.overlaps(held.subnet) or new.attrs.public_ip == held.attrs.public_ip

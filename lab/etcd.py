@@ -1,0 +1,398 @@
+"""A real etcd with the v2 API, alone or as a cluster, to be frozen, killed, emptied, restored.
+
+Needs etcd 3.4 or 3.5 (Debian's etcd-server): 3.6 no longer has ``--enable-v2``.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from lab import certs, names
+from lab.etcdv2 import EtcdV2
+from lab.process import LabError, end, environment, tail
+from lab.wait import NotInTime, eventually
+
+if TYPE_CHECKING:
+    from lab.namespaces import Namespace
+
+LOOPBACK = IPv4Address("127.0.0.1")
+# etcd allocates a log segment of 64 MB ahead, and a second one early.
+_DATA_BYTES = 256 << 20
+_START_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where one member of a cluster listens."""
+
+    name: str
+    address: IPv4Address
+    client_port: int
+    peer_port: int
+
+    @property
+    def peer_url(self) -> str:
+        return f"http://{self.address}:{self.peer_port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A user of etcd's v2 authentication."""
+
+    user: str
+    password: str
+
+
+class Etcd:
+    """One etcd. A context manager when used outside a lab.
+
+    ``address`` is where it listens, in ``namespace`` or, without one, in the machine's own
+    namespace: use loopback there. ``port`` 0 takes a free one on loopback, else 2379.
+    ``tls``: HTTPS only, and only for clients with a certificate of ours. ``members`` and ``name``
+    make it one of a cluster.
+    """
+
+    def __init__(
+        self,
+        address: IPv4Address = LOOPBACK,
+        *,
+        namespace: "Namespace | None" = None,
+        port: int = 0,
+        tls: bool = False,
+        members: Sequence[Member] = (),
+        name: str = "",
+    ) -> None:
+        self.address = address
+        self._namespace = namespace
+        prefix = namespace.lab.prefix if namespace else names.new_prefix()
+        self.directory = names.temporary_directory(prefix, memory=_DATA_BYTES)
+        self.data = self.directory / "data"
+        self._log = self.directory / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._clients: list[EtcdV2] = []
+        self._login: Login | None = None
+        self.certificates: certs.Certificates | None = None
+        if tls:
+            try:
+                self.certificates = certs.make(self.directory / "tls", [address, LOOPBACK])
+            except BaseException:
+                names.remove_directory(self.directory)
+                raise
+        own = [member for member in members if member.name == name]
+        self.member = own[0] if own else self._sole_member(port)
+        self._members = tuple(members) or (self.member,)
+
+    def _sole_member(self, port: int) -> Member:
+        name = self.directory.name
+        if self._namespace is not None:
+            return Member(name, self.address, port or 2379, 2380)
+        free = _free_ports(self.address, 2)
+        return Member(name, self.address, port or free[0], free[1])
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        scheme = "https" if self.certificates else "http"
+        return f"{scheme}://{self.address}:{self.member.client_port}"
+
+    @property
+    def endpoints(self) -> str:
+        """The value of flanneld's --etcd-endpoints."""
+        return self.url
+
+    @property
+    def pid(self) -> int:
+        """Raises LabError when etcd does not run."""
+        if self._process is None or self._process.poll() is not None:
+            raise LabError(f"etcd {self.member.name} does not run")
+        return self._process.pid
+
+    def client_flags(self) -> list[str]:
+        """The flags a flanneld needs to use this etcd: endpoints, certificates, user."""
+        return _client_flags(self.endpoints, self.certificates, self._login)
+
+    def client(self, login: Login | None = None, timeout: float = 5.0) -> EtcdV2:
+        """A new client, usable from here although etcd may listen inside a namespace.
+
+        It is closed with this etcd at the latest. Default login: the one flanneld gets.
+        """
+        login = login or self._login
+        client = EtcdV2(
+            self._connect,
+            self.address,
+            tls=self.certificates.client_context() if self.certificates else None,
+            user=login.user if login else "",
+            password=login.password if login else "",
+            timeout=timeout,
+        )
+        self._clients.append(client)
+        return client
+
+    def _connect(self, timeout: float) -> socket.socket:
+        def connect() -> socket.socket:
+            return socket.create_connection(
+                (str(self.address), self.member.client_port), timeout=timeout
+            )
+
+        return self._namespace.inside(connect) if self._namespace else connect()
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start etcd on the data it left, or on none. Raises LabError if it does not come up."""
+        self.launch()
+        if wait:
+            self.wait_healthy()
+
+    def launch(self) -> None:
+        """Start the process only. Raises LabError if it runs already."""
+        if self._process is not None and self._process.poll() is None:
+            raise LabError(f"etcd {self.member.name} runs already")
+        argv = self._command()
+        if self._namespace is not None:
+            self._process = self._namespace.popen(argv, output=self._log, env=_environment())
+            return
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_environment(),
+                start_new_session=True,
+            )
+
+    def _command(self) -> list[str]:
+        member = self.member
+        # A sole member elects itself after one election time; others need time to hear of it.
+        heartbeat, election = (20, 200) if len(self._members) == 1 else (100, 1000)
+        argv = [
+            "etcd",
+            f"--name={member.name}",
+            f"--data-dir={self.data}",
+            "--enable-v2=true",
+            f"--listen-client-urls={self.url}",
+            f"--advertise-client-urls={self.url}",
+            f"--listen-peer-urls={member.peer_url}",
+            f"--initial-advertise-peer-urls={member.peer_url}",
+            "--initial-cluster=" + ",".join(f"{m.name}={m.peer_url}" for m in self._members),
+            f"--heartbeat-interval={heartbeat}",
+            f"--election-timeout={election}",
+            "--logger=zap",
+            "--log-outputs=stderr",
+        ]
+        if self.certificates:
+            argv += [
+                f"--cert-file={self.certificates.server}",
+                f"--key-file={self.certificates.server_key}",
+                f"--trusted-ca-file={self.certificates.ca}",
+                "--client-cert-auth",
+            ]
+        return argv
+
+    def wait_healthy(self, timeout: float = _START_SECONDS) -> None:
+        """Wait until etcd answers and has a leader. Raises LabError with its log otherwise."""
+
+        def healthy() -> bool:
+            if self._process is None or self._process.poll() is not None:
+                raise LabError(f"etcd {self.member.name} ended\n{self.explain()}")
+            # The name, since another etcd may hold our port: ours is about to fail then.
+            return client.is_healthy() and client.member_name() == self.member.name
+
+        with self.client(timeout=1.0) as client:
+            try:
+                eventually(healthy, timeout, f"etcd {self.member.name} healthy")
+            except NotInTime as error:
+                raise LabError(f"{error}\n{self.explain()}") from None
+
+    def stop(self) -> None:
+        """Stop it in order; the data stays. Safe to repeat."""
+        if self._process is not None:
+            end([self._process])
+
+    def kill(self) -> None:
+        """kill -9; the data stays."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay open, nothing is answered."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Undo ``freeze``."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def restart(self) -> None:
+        """Stop it and start it on the same data."""
+        self.stop()
+        self.start()
+
+    def wipe(self) -> None:
+        """Come back with no data at all, and with an index that starts again. Ends any login."""
+        self.stop()
+        shutil.rmtree(self.data, ignore_errors=True)
+        self._login = None
+        self.start()
+
+    def backup(self) -> Path:
+        """A copy of the data as a crash at this moment would leave it."""
+        copy = self.directory / f"backup-{len(list(self.directory.glob('backup-*')))}"
+        self.freeze()
+        try:
+            shutil.copytree(self.data, copy)
+        finally:
+            self.thaw()
+        return copy
+
+    def restore(self, backup: Path) -> None:
+        """Come back with the data of an earlier ``backup``, as from a restored disk."""
+        self.stop()
+        shutil.rmtree(self.data, ignore_errors=True)
+        shutil.copytree(backup, self.data)
+        self.start()
+
+    def enable_auth(self, login: Login, pattern: str = "/coreos.com/network*") -> None:
+        """Let only ``login`` in, only to keys of ``pattern`` (and root, with the same password).
+
+        From then on ``client`` and ``client_flags`` use this login.
+        """
+        root = Login("root", login.password)
+        access = {"kv": {"read": [pattern], "write": [pattern]}}
+        everything = {"kv": {"read": ["/*"], "write": ["/*"]}}
+        with self.client() as client:
+            client.auth("users/root", {"user": root.user, "password": root.password})
+            client.auth("roles/network", {"role": "network", "permissions": access})
+            client.auth(
+                f"users/{login.user}",
+                {"user": login.user, "password": login.password, "roles": ["network"]},
+            )
+            client.auth("enable")
+        # Without this everybody keeps the rights of the role "guest", which are all.
+        with self.client(root) as client:
+            client.auth("roles/guest", {"role": "guest", "revoke": everything})
+        self._login = login
+
+    def log(self) -> str:
+        """What etcd wrote, over all its starts."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def explain(self) -> str:
+        """The last lines of the log, for a message."""
+        return f"--- etcd {self.member.name}, last lines of its log:\n{tail(self.log())}"
+
+    def close(self) -> None:
+        """Kill it and remove its files. Safe to repeat.
+
+        Not an orderly stop: a member that lost the others takes seconds over that.
+        """
+        self.kill()
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+        names.remove_directory(self.directory)
+
+
+class EtcdCluster:
+    """Members with an address each (10.97.0.251 and up) on the bridge of one namespace."""
+
+    def __init__(self, namespace: "Namespace", members: int = 3) -> None:
+        network = IPv4Address("10.97.0.250")
+        known = [Member(f"m{n}", network + n, 2379, 2380) for n in range(1, members + 1)]
+        namespace.ip(*(f"addr add {member.address}/32 dev br0" for member in known))
+        self.members: list[Etcd] = []
+        for member in known:
+            self.members.append(
+                Etcd(member.address, namespace=namespace, members=known, name=member.name)
+            )
+
+    @property
+    def endpoints(self) -> str:
+        """All members, for flanneld's --etcd-endpoints."""
+        return ",".join(member.url for member in self.members)
+
+    def client_flags(self) -> list[str]:
+        """As ``Etcd.client_flags``, with all members."""
+        return _client_flags(self.endpoints, None, None)
+
+    def client(self, timeout: float = 5.0) -> EtcdV2:
+        """A client of the first member that is healthy. Raises LabError if none is."""
+        for member in self.members:
+            with member.client(timeout=1.0) as probe:
+                healthy = probe.is_healthy()
+            if healthy:
+                return member.client(timeout=timeout)
+        raise LabError("no member of the etcd cluster is healthy")
+
+    def start(self) -> None:
+        """Start all members and wait until each has joined."""
+        for member in self.members:
+            member.launch()
+        for member in self.members:
+            member.wait_healthy()
+
+    def wipe(self) -> None:
+        """All members come back with no data at all."""
+        for member in self.members:
+            member.kill()
+            shutil.rmtree(member.data, ignore_errors=True)
+        self.start()
+
+    def explain(self) -> str:
+        return "\n".join(member.explain() for member in self.members)
+
+    def close(self) -> None:
+        """End all members and remove their files. Safe to repeat."""
+        for member in self.members:
+            member.close()
+
+
+def _client_flags(
+    endpoints: str, certificates: certs.Certificates | None, login: Login | None
+) -> list[str]:
+    flags = [f"--etcd-endpoints={endpoints}"]
+    if certificates:
+        flags += [
+            f"--etcd-cafile={certificates.ca}",
+            f"--etcd-certfile={certificates.client}",
+            f"--etcd-keyfile={certificates.client_key}",
+        ]
+    if login:
+        flags += [f"--etcd-username={login.user}", f"--etcd-password={login.password}"]
+    return flags
+
+
+def _environment() -> dict[str, str]:
+    """Without ETCD_*, each of which etcd would take for a flag."""
+    return {name: value for name, value in environment().items() if not name.startswith("ETCD_")}
+
+
+def _free_ports(address: IPv4Address, count: int) -> list[int]:
+    """Ports nobody listens on now."""
+    sockets = [socket.create_server((str(address), 0)) for _ in range(count)]
+    ports: list[int] = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
