@@ -412,11 +412,6 @@ def check(options: Options) -> None:
         raise OptionError(
             f"invalid public IP address: {options.public_ip} (use an IPv4 address like 192.0.2.1)"
         )
-    if not _is_address(options.healthz_ip, ipaddress.ip_address):
-        raise OptionError(
-            f"invalid healthz-ip: {go_quote(options.healthz_ip)} "
-            "(use an IP address; 0.0.0.0 stands for all of them)"
-        )
 
 
 def _is_address(text: str, parser: Callable[[str], object]) -> bool:

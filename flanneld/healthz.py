@@ -2,6 +2,8 @@
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socket import AF_INET, AF_INET6
+from socketserver import TCPServer
 from typing import Any
 
 from flanneld.errors import OptionError
@@ -39,18 +41,23 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
+    def __init__(self, address: str, port: int) -> None:
+        self.address_family = AF_INET6 if ":" in address else AF_INET
+        super().__init__((address, port), _Handler)
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of our own name, which hangs while DNS is away."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
     def handle_error(self, *_: Any) -> None:
         """A client that goes away in the middle is no event."""
 
 
 def start_health_server(address: str, port: int) -> None:
     """Serve in threads of their own until the process ends. Raises OptionError if it cannot."""
-    if ":" in address:
-        import socket
-
-        _Server.address_family = socket.AF_INET6
     try:
-        server = _Server((address, port), _Handler)
+        server = _Server(address, port)
     except OSError as error:
         raise OptionError(
             f"Start healthz server error. listen tcp {address}:{port}: {error.strerror}"

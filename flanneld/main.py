@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 # Seconds between two looks for the network config; the original's.
 CONFIG_PAUSE = 1.0
 
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
 # Seconds the threads have to end; the store's requests are cut, so they need milliseconds.
 GRACE = 1.0
 
@@ -160,7 +162,8 @@ def start_healthz(options: Options) -> None:
     from flanneld.healthz import start_health_server
 
     log.info("Start healthz server on %s:%d", options.healthz_ip, options.healthz_port)
-    start_health_server(options.healthz_ip, options.healthz_port)
+    with _signals_kept_here():
+        start_health_server(options.healthz_ip, options.healthz_port)
 
 
 def fetch_config(manager: SubnetManager, notifier: Notifier, stop: threading.Event) -> Config:
@@ -185,8 +188,7 @@ def fetch_config(manager: SubnetManager, notifier: Notifier, stop: threading.Eve
 def write_subnet_file(options: Options, config: Config, network: Network) -> None:
     """Tell docker and the operator which subnet this host has."""
     text = env.render(config.network, network.lease.subnet, network.mtu, options.ip_masq)
-    with _failing_as("Failed to write subnet file"):
-        env.write(options.subnet_file, text)
+    env.write(options.subnet_file, text)
     log.info("Wrote subnet file to %s", options.subnet_file)
 
 
@@ -206,10 +208,11 @@ def keep_running(
         notifier.status(f"leased {subnet}, following the other hosts")
 
     notifier.status(f"leased {subnet}, waiting for the other hosts' leases")
-    threads = [
-        _start("backend", lambda: network.run(stop, synced), monitor.fail),
-        _start("own lease", lambda: monitor.feed(stop), monitor.fail),
-    ]
+    with _signals_kept_here():
+        threads = [
+            _start("backend", lambda: network.run(stop, synced), monitor.fail),
+            _start("own lease", lambda: monitor.feed(stop), monitor.fail),
+        ]
     log.info("Finished starting backend.")
     try:
         monitor.run(stop)
@@ -239,6 +242,20 @@ def _start(
 
 
 @contextmanager
+def _signals_kept_here() -> Iterator[None]:
+    """Threads that are started within, and theirs, leave the ending signals to this thread.
+
+    Python runs handlers in the main thread, but a signal that the kernel gives to another one
+    (it may, after SIGCONT) does not wake the main thread from a blocked call.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _failing_as(what: str) -> Iterator[None]:
     """Put the original's words for the step before the error's text."""
     try:
@@ -251,17 +268,16 @@ def _failing_as(what: str) -> Iterator[None]:
 
 def _install_signal_handlers(stop: threading.Event) -> None:
     """SIGTERM and SIGINT end the daemon in order, a second one at once."""
-    ending = (signal.SIGTERM, signal.SIGINT)
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        for other in ending:
+        for other in ENDING:
             signal.signal(other, signal.SIG_DFL)
         log.info("Starting shutdown...")
         # Where an exception would be lost (in a destructor), the event still is seen.
         stop.set()
         raise Terminated
 
-    for number in ending:
+    for number in ENDING:
         signal.signal(number, handle)
     # As the original: these do not end a daemon that nobody taught to react to them.
     for number in (signal.SIGUSR1, signal.SIGUSR2):

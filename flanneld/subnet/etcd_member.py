@@ -12,11 +12,14 @@ its servers. What it gets wrong about one connection is put right here:
 * A watch that timed out forgets how far the store had come, and is later told that the history
   is cleared. Here: the head's index is kept, and a member that lags behind is recognised by it.
 * Passwords beyond Latin-1 fail, and a user without a password is not sent at all.
+* An error that is not etcd's may be taken for one that is: any 404 for an absent key. Here:
+  `Refused` says whether it has an errorCode.
 
 HTTP proxies from the environment are not used.
 """
 
 import contextlib
+import json
 import socket
 import ssl
 import threading
@@ -24,11 +27,11 @@ import weakref
 from base64 import b64encode
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import etcd
 import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from flanneld.errors import OptionError, StoreUnavailable
@@ -38,6 +41,9 @@ from flanneld.subnet.store import Behind
 # up a write without quorum after 7 s, but by then another member deserves its turn.
 CONNECT_TIMEOUT = 2.0
 ANSWER_TIMEOUT = 5.0
+
+# Characters of a foreign answer that a log line shows.
+_SHOWN = 200
 
 # So that a host that vanished without closing its connections is noticed within a minute.
 _KEEPALIVE = [
@@ -69,6 +75,31 @@ class Head:
     index: int = 0
 
 
+class Refused(etcd.EtcdException):  # type: ignore[misc]  # python-etcd has no type information
+    """An answer other than success. Its text is the original's where etcd gave a reason."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self.status = status
+        self.code = 0
+        """etcd's errorCode; 0 if the answer has none."""
+        self.index = 0
+        try:
+            found = json.loads(body)
+            if isinstance(found, dict) and "errorCode" in found:
+                self.code, self.index = int(found["errorCode"]), int(found.get("index", 0))
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            found = None
+        if self.code:
+            message, cause = found.get("message", ""), found.get("cause", "")
+            super().__init__(f"{self.code}: {message} ({cause}) [{self.index}]")
+            return
+        reason = found.get("message") if isinstance(found, dict) else None
+        text = str(reason or body.decode(errors="replace"))
+        text = " ".join(text.split())[:_SHOWN]
+        hint = ": is this etcd, and started with --enable-v2?" if status == 404 else ""
+        super().__init__(f"HTTP {status}: {text}{hint}")
+
+
 class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type information
     """python-etcd's client for one endpoint, mended."""
 
@@ -94,6 +125,12 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
             self.http.connection_pool_kw["ssl_context"] = context
         self.http.pool_classes_by_scheme = _pool_classes(sockets)
 
+    def put(self, key: str, value: str, ttl: int | None, condition: dict[str, Any]) -> Any:
+        """Write a key; the condition goes into the query, as the original sends it."""
+        form = {"value": value} if ttl is None else {"ttl": ttl, "value": value}
+        path = f"{self.key_endpoint}{key}?{urlencode(condition)}"
+        return self._result_from_response(self.api_execute(path, self._MPUT, params=form))
+
     def expect_event(self, after: int | None, timeout: float) -> Head:
         """Announce that this thread's next request is a poll (None: is not)."""
         head = Head(after or 0, timeout)
@@ -107,7 +144,8 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
         head: Head | None = getattr(self._expected, "head", None)
         if head is None or response.status != 200:
             return
-        head.index = int(response.headers.get("X-Etcd-Index", 0))
+        index = response.headers.get("X-Etcd-Index", "")
+        head.index = int(index) if index.isdecimal() and len(index) < 20 else 0
         if head.index < head.after:
             response.close()
             raise Behind(f"{self.base_uri} is at index {head.index}, not yet at {head.after}")
@@ -115,9 +153,17 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
             response.connection.sock.settimeout(head.timeout)
 
     def _result_from_response(self, response: Any) -> Any:
-        if not response.data.strip():  # some servers end an idle poll with an empty answer
+        if not response.data.strip():
+            if getattr(self._expected, "head", None) is None:
+                raise etcd.EtcdException("empty answer")
+            # Some servers end an idle poll like this.
             raise etcd.EtcdWatchTimedOut("empty answer")
         return super()._result_from_response(response)
+
+    def _handle_server_response(self, response: Any) -> Any:
+        if response.status in (200, 201):
+            return response
+        raise Refused(response.status, response.data)
 
     def _get_headers(self) -> dict[str, str]:
         return self._authorization
@@ -162,23 +208,18 @@ def _pool_classes(sockets: OpenSockets) -> dict[str, type[HTTPConnectionPool]]:
             super().connect()
             sockets.add(self.sock)
 
-    class Tls(HTTPSConnection):
-        def connect(self) -> None:
-            super().connect()
-            sockets.add(self.sock)
-
     class PlainPool(HTTPConnectionPool):
         ConnectionCls = Plain
 
-    class TlsPool(HTTPSConnectionPool):
-        ConnectionCls = Tls
-
-    return {"http": PlainPool, "https": TlsPool}
+    # A TLS connection's socket registers itself: see `tls_context`.
+    return {"http": PlainPool, "https": HTTPSConnectionPool}
 
 
 def parse_endpoint(text: str) -> tuple[str, str, int]:
     """Return (scheme, host, port) of one base URL; without a scheme it is http."""
-    problem = f"unusable etcd endpoint {text!r}: write http://HOST:PORT or https://HOST:PORT"
+    # Without what may be a password.
+    shown = text.rpartition("@")[2]
+    problem = f"unusable etcd endpoint {shown!r}: write http://HOST:PORT or https://HOST:PORT"
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
         port = parts.port
@@ -186,31 +227,42 @@ def parse_endpoint(text: str) -> tuple[str, str, int]:
         raise OptionError(f"{problem} ({error})") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
         raise OptionError(problem)
-    if any(c.isspace() for c in text) or parts.username is not None:
+    if "@" in text or not text.isprintable() or any(c in text for c in " ?#\\"):
+        raise OptionError(problem)
+    if port == 0:
         raise OptionError(problem)
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return parts.scheme, host, port or (443 if parts.scheme == "https" else 80)
 
 
-def tls_context(credentials: Credentials) -> ssl.SSLContext | None:
+def tls_context(credentials: Credentials, sockets: OpenSockets) -> ssl.SSLContext:
+    """Return how to make TLS connections, whose sockets join ``sockets``.
+
+    Raises OptionError for a file that cannot be used.
+    """
+
+    class Socket(ssl.SSLSocket):
+        def do_handshake(self, block: bool = False) -> None:
+            # Not later: a hung server does not answer the handshake either.
+            sockets.add(self)
+            super().do_handshake(block)
+
     cert, key, ca = credentials.cert_file, credentials.key_file, credentials.ca_file
-    if not (cert or key or ca):
-        return None
-    context = ssl.create_default_context()
     step = f"CA file {ca}"
     try:
-        if ca:
-            context = ssl.create_default_context(cafile=ca)
+        context = ssl.create_default_context(cafile=ca or None)
         if cert or key:
             step = f"client certificate {cert} with key {key}"
-            context.load_cert_chain(cert, key)
+            # A password, so that OpenSSL does not ask the terminal for one.
+            context.load_cert_chain(cert, key, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise OptionError(f"cannot use the etcd {step}: {error}") from error
+    context.sslsocket_class = Socket
     return context
 
 
 def _basic_auth(credentials: Credentials) -> dict[str, str]:
     if not credentials.username:
         return {}
-    text = f"{credentials.username}:{credentials.password}".encode()
+    text = f"{credentials.username}:{credentials.password}".encode(errors="surrogateescape")
     return {"Authorization": "Basic " + b64encode(text).decode()}

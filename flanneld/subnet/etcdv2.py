@@ -6,8 +6,11 @@ its failover goes to the URLs which the cluster advertises, and loses endpoints 
 asks the endpoints given, in a ring; a failed one is asked again in its turn.
 """
 
+import posixpath
 import random
+import ssl
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -18,6 +21,7 @@ from flanneld.errors import (
     CompareFailed,
     HistoryCleared,
     KeyNotFound,
+    OptionError,
     StoreDenied,
     StoreError,
     StoreUnavailable,
@@ -26,6 +30,7 @@ from flanneld.subnet.etcd_member import (
     Credentials,
     Member,
     OpenSockets,
+    Refused,
     parse_endpoint,
     tls_context,
 )
@@ -37,6 +42,16 @@ T = TypeVar("T")
 # 300 raft internal error, 301 during leader election, 400 watcher cleared, 402 timeout.
 _MEMBER_ERRORS = frozenset({300, 301, 400, 402})
 
+# What reading an answer raises that has not etcd's form; it comes from every layer.
+_NOT_UNDERSTOOD = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 class EtcdV2Store:
     """A `LeaseStore` on the etcd v2 API. Safe for use by several threads."""
@@ -47,66 +62,59 @@ class EtcdV2Store:
         Raises OptionError for an unusable URL, prefix or TLS file.
         """
         self._sockets = OpenSockets()
-        context = tls_context(credentials)
         urls = [parse_endpoint(text) for text in endpoints.split(",")]
+        files = credentials.cert_file or credentials.key_file or credentials.ca_file
+        tls = files or any(scheme == "https" for scheme, _, _ in urls)
+        context = tls_context(credentials, self._sockets) if tls else None
         # As the original: hosts spread themselves over the members.
         random.shuffle(urls)
         self._members = [Member(url, context, credentials, self._sockets) for url in urls]
         self._current = 0
-        path = "/" + prefix.strip("/") if prefix.strip("/") else ""
-        self._config_key = quote(path + "/config")
-        self._subnets_key = quote(path + "/subnets")
-        self._subnets_path = path + "/subnets"
+        self._config_key = quote(_path(prefix, "config"))
+        self._subnets_path = _path(prefix, "subnets")
+        self._subnets_key = quote(self._subnets_path)
 
     def read_config(self) -> str:
         """See `LeaseStore.read_config`."""
-        result = self._call(lambda member: member.read(self._config_key, **_QUORUM))
-        if result.dir or result.value is None:
-            raise StoreError(f"{self._config_key} is a directory: it must hold the network config")
-        return str(result.value)
+        return self._call(lambda member: _config(member.read(self._config_key, **_QUORUM)))
 
     def snapshot(self) -> Snapshot:
         """See `LeaseStore.snapshot`."""
+        every = _QUORUM | {"recursive": True}
         try:
-            every = _QUORUM | {"recursive": True}
-            result = self._call(lambda member: member.read(self._subnets_key, **every))
+            return self._call(lambda member: _snapshot(member.read(self._subnets_key, **every)))
         except KeyNotFound as absent:
             return Snapshot((), absent.index)
-        # `leaves` would build an object for each of what may be 10,000 keys; this is what it reads.
-        nodes = tuple(_node(raw) for raw in result._children if not raw.get("dir"))
-        return Snapshot(nodes, int(result.etcd_index))
 
     def read(self, name: str) -> tuple[Node | None, int]:
         """See `LeaseStore.read`."""
         try:
-            result = self._call(lambda member: member.read(self._key(name), **_QUORUM))
+            return self._call(lambda member: _read(member.read(self._key(name), **_QUORUM)))
         except KeyNotFound as absent:
             return None, absent.index
-        return _node(vars(result)), int(result.etcd_index)
 
     def create(self, name: str, value: str, ttl: int | None) -> Node:
         """See `LeaseStore.create`."""
-        result = self._call(
-            lambda member: member.write(self._key(name), value, ttl=ttl, prevExist=False),
-            write=True,
-        )
-        return _node(vars(result))
+        return self._write(name, value, ttl, {"prevExist": "false"})
 
     def swap(self, name: str, value: str, ttl: int | None, index: int) -> Node:
         """See `LeaseStore.swap`."""
         if index <= 0:  # etcd takes prevIndex=0 for no condition at all
             raise ValueError(f"compare-and-swap of {name} needs an index, not {index}")
-        result = self._call(
-            lambda member: member.write(self._key(name), value, ttl=ttl, prevIndex=index),
-            write=True,
+        return self._write(name, value, ttl, {"prevIndex": index})
+
+    def _write(self, name: str, value: str, ttl: int | None, condition: dict[str, Any]) -> Node:
+        key = self._key(name)
+        return self._call(
+            lambda member: _written(member.put(key, value, ttl, condition)), write=True
         )
-        return _node(vars(result))
 
     def remove(self, name: str, index: int) -> None:
         """See `LeaseStore.remove`."""
         if index <= 0:
             raise ValueError(f"compare-and-delete of {name} needs an index, not {index}")
-        self._call(lambda member: member.delete(self._key(name), prevIndex=index), write=True)
+        key = self._key(name)
+        self._call(lambda member: _written(member.delete(key, prevIndex=index)), write=True)
 
     def poll(self, name: str | None, after: int, timeout: float) -> Poll:
         """See `LeaseStore.poll`."""
@@ -118,6 +126,8 @@ class EtcdV2Store:
     def close(self) -> None:
         """See `LeaseStore.close`."""
         self._sockets.close()
+        for member in self._members:
+            member.http.clear()
 
     def _key(self, name: str) -> str:
         return f"{self._subnets_key}/{quote(name, safe='')}"
@@ -127,15 +137,14 @@ class EtcdV2Store:
     ) -> Poll:
         head = member.expect_event(after, timeout)
         try:
-            result = member.read(key, wait=True, waitIndex=after + 1, recursive=recursive)
+            result = member.read(key, recursive=recursive, wait=True, waitIndex=after + 1)
         except etcd.EtcdWatchTimedOut:
             # No event in this time, and none between `after` and the head's index either.
             return Poll(None, max(after, head.index), head.index)
         finally:
             member.expect_event(None, 0)
         event = self._event(result)
-        index = int(result.modifiedIndex)
-        return Poll(event, max(after, index), max(head.index, index))
+        return Poll(event, max(after, event.index), max(head.index, event.index))
 
     def _event(self, result: Any) -> StoreEvent:
         key, index = str(result.key), int(result.modifiedIndex)
@@ -144,9 +153,10 @@ class EtcdV2Store:
             # A directory that is made or refreshed changes no lease.
             return StoreEvent(Change.ALL_GONE if gone else Change.SET, "", None, index)
         name = key.removeprefix(self._subnets_path + "/")
-        if gone or result.dir:
+        if gone:
             return StoreEvent(Change.GONE, name, None, index)
-        return StoreEvent(Change.SET, name, _node(vars(result)), index)
+        # In a directory below, `name` has a slash in it, and so is no lease's: as in a snapshot.
+        return StoreEvent(Change.SET, name, replace(_node(vars(result)), name=name), index)
 
     def _call(self, request: Callable[[Member], T], *, write: bool = False) -> T:
         """Ask one member after the other, beginning with the one that answered last.
@@ -164,11 +174,11 @@ class EtcdV2Store:
             except Behind:
                 self._current = (position + 1) % len(self._members)
                 raise
-            except etcd.EtcdException as error:
-                reason = _member_failure(error)
-                if reason is None:
+            except (etcd.EtcdException, *_NOT_UNDERSTOOD) as error:
+                if isinstance(error, Refused) and not _is_members_fault(error):
                     self._current = position
                     raise _answer(error) from error
+                reason = _failure_text(error)
                 failures.append(f"; error #{len(failures)}: {member.base_uri}: {reason}")
                 if write and not _never_sent(error):
                     self._current = (position + 1) % len(self._members)
@@ -183,7 +193,46 @@ class EtcdV2Store:
         )
 
 
+_CREDENTIALS = "check --etcd-username and --etcd-password, and the role"
+
 _QUORUM: dict[str, Any] = {"quorum": True, "recursive": False, "sorted": False}
+
+
+def _path(prefix: str, name: str) -> str:
+    """Join and clean as Go's path.Join does; the store cleans the paths of its keys too."""
+    # normpath keeps a double slash at the start.
+    path = "/" + posixpath.normpath(f"/{prefix}/{name}").lstrip("/")
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(f"unusable etcd prefix {prefix!r}: it is not UTF-8") from error
+    return path
+
+
+def _config(result: Any) -> str:
+    if result.dir:
+        raise StoreError(f"{result.key} is a directory: it must hold the network config")
+    if not isinstance(result.value, str):
+        raise TypeError(f"the value is {result.value!r}")
+    return result.value
+
+
+def _snapshot(result: Any) -> Snapshot:
+    if not result.dir:
+        if isinstance(result.value, str):
+            raise StoreError(f"{result.key} is not a directory: delete it, leases belong below it")
+        raise TypeError("no directory")
+    # `leaves` would build an object for each of what may be 10,000 keys; this is what it reads.
+    # Directories too: one with a subnet's name stands in the way of a lease.
+    return Snapshot(tuple(map(_node, result._children)), int(result.etcd_index))
+
+
+def _read(result: Any) -> tuple[Node, int]:
+    return _written(result), int(result.etcd_index)
+
+
+def _written(result: Any) -> Node:
+    return _node(vars(result))
 
 
 def _node(raw: dict[str, Any]) -> Node:
@@ -196,44 +245,36 @@ def _node(raw: dict[str, Any]) -> Node:
     )
 
 
-def _payload(error: etcd.EtcdException) -> dict[str, Any]:
-    return error.payload if isinstance(error.payload, dict) else {}
+def _is_members_fault(error: Refused) -> bool:
+    """Tell whether another member may answer better: this one fails, or is no etcd at all."""
+    if error.code:
+        return error.code in _MEMBER_ERRORS or error.status >= 500
+    return error.status != 401  # etcd refuses credentials without an errorCode
 
 
-def _member_failure(error: etcd.EtcdException) -> str | None:
-    """Say why the member could not answer; None if this is the store's answer."""
+def _failure_text(error: Exception) -> str:
+    """Say why the member could not answer."""
     if isinstance(error, etcd.EtcdConnectionFailed):
         return _cause_text(error.cause)
-    payload = _payload(error)
-    if payload.get("errorCode") in _MEMBER_ERRORS or int(payload.get("status", 0)) >= 500:
-        return _error_text(error)
-    if not payload:  # python-etcd could not read the answer at all
+    if isinstance(error, etcd.EtcdException):
         return str(error)
-    return None
+    return f"an answer that is not etcd's ({type(error).__name__}: {error})"
 
 
-def _answer(error: etcd.EtcdException) -> StoreError:
-    text = _error_text(error)
-    match error:
-        case etcd.EtcdKeyNotFound():
-            return KeyNotFound(text, int(_payload(error).get("index", 0)))
-        case etcd.EtcdCompareFailed() | etcd.EtcdAlreadyExist():
+def _answer(error: Refused) -> StoreError:
+    text = str(error)
+    match error.code:
+        case 100:
+            return KeyNotFound(text, error.index)
+        case 101 | 105:  # compare failed, key already exists
             return CompareFailed(text)
-        case etcd.EtcdEventIndexCleared():
+        case 401:  # the events asked for are cleared
             return HistoryCleared(text)
-        case etcd.EtcdInsufficientPermissions():
-            return StoreDenied(f"{text}: check --etcd-username and --etcd-password, and the role")
+        case 110:
+            return StoreDenied(f"{text}: {_CREDENTIALS}")
+    if error.status == 401:
+        return StoreDenied(f"{text}: {_CREDENTIALS}")
     return StoreError(text)
-
-
-def _error_text(error: etcd.EtcdException) -> str:
-    """Render etcd's error as the original does: ``100: Key not found (/coreos.com) [3]``."""
-    payload = _payload(error)
-    if "errorCode" not in payload:
-        status = f"HTTP {payload['status']}: " if "status" in payload else ""
-        return status + str(payload.get("cause") or payload.get("message") or error)
-    text = f"{payload['errorCode']}: {payload.get('message', '')}"
-    return f"{text} ({payload.get('cause', '')}) [{payload.get('index', 0)}]"
 
 
 def _reasons(cause: BaseException | None) -> Sequence[BaseException]:
@@ -241,9 +282,9 @@ def _reasons(cause: BaseException | None) -> Sequence[BaseException]:
     chain: list[BaseException] = []
     while cause is not None and cause not in chain:
         chain.append(cause)
-        cause = getattr(cause, "reason", None) or cause.__cause__
-        if not isinstance(cause, BaseException):
-            break
+        # ProtocolError has its reason only among its arguments.
+        inner = (getattr(cause, "reason", None), *cause.args, cause.__cause__)
+        cause = next((one for one in inner if isinstance(one, BaseException)), None)
     return chain
 
 
@@ -255,12 +296,14 @@ def _cause_text(cause: BaseException | None) -> str:
     last = chain[-1]
     if isinstance(last, ConnectTimeoutError | TimeoutError) or "timed out" in str(last).lower():
         return "i/o timeout"
+    if isinstance(last, ssl.SSLEOFError):
+        return f"{last.strerror}: does it speak TLS, and accept our client certificate?"
     if isinstance(last, OSError) and last.strerror:
-        return last.strerror.lower()
+        return last.strerror if isinstance(last, ssl.SSLError) else last.strerror.lower()
     return str(last) or type(last).__name__
 
 
-def _never_sent(error: etcd.EtcdException) -> bool:
+def _never_sent(error: Exception) -> bool:
     """Tell whether the request failed before the member can have seen it."""
     if not isinstance(error, etcd.EtcdConnectionFailed):
         return False

@@ -165,8 +165,9 @@ class LocalManager:
                 yield _status(lease, node)
                 while not stop.is_set():
                     poll = self._store.poll(name, index, self._spread(OWN_POLL))
-                    if poll.event is not None:
-                        yield _status(lease, poll.event.node)
+                    if poll.event is None:
+                        break  # to read again: the store may have lost the key without a word
+                    yield _status(lease, poll.event.node)
                     index = poll.index
             except HistoryCleared:
                 log.warning(_HISTORY_CLEARED)
@@ -208,13 +209,17 @@ class LocalManager:
     def _follow(self, tracker: LeaseTracker, stop: threading.Event) -> Iterator[list[LeaseEvent]]:
         """Poll after the tracker's index until a snapshot is the better way on."""
         while not stop.is_set():
-            poll = self._store.poll(None, tracker.index, self._spread(POLL))
+            wait, due = self._spread(POLL), tracker.due(now())
+            if due is not None:
+                wait = min(wait, due + 0.01)  # a little late, so that something is due then
+            poll = self._store.poll(None, tracker.index, wait)
             if poll.event is None:
                 tracker.advance(poll.index)
                 self._check_config()
-                events = tracker.expire(now())
+                events = []
             else:
                 events = tracker.event(poll.event, now())
+            events += tracker.expire(now())
             _log_notes(tracker)
             if events:
                 yield events

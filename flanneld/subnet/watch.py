@@ -9,6 +9,9 @@ changed its MAC or address while nobody looked. An event at or below the mark is
 renewal changes nothing and yields nothing. A key that becomes unreadable, or whose lease must not
 be used, counts as gone.
 
+A lease that is gone is used for `LINGER` seconds more: a host whose lease was deleted by mistake,
+or expired, takes it back within milliseconds, and no packet should fall into that gap.
+
 A store that went back in time (emptied, or restored from a backup) is believed in what it adds,
 not in what it lacks: its peers are still there, and will publish their leases again. So what it
 lost is held, with the attributes last known, until the first of these: an event for that key;
@@ -21,6 +24,9 @@ from enum import Enum
 
 from flanneld.subnet.lease import BadLease, Lease, parse_lease
 from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
+
+# Seconds. Long for a host that takes its lease back, short for one that has left.
+LINGER = 1.0
 
 # How long a lost reservation is held: it has no end of its own. As long as a lease.
 HOLD_RESERVATION = 86400.0
@@ -61,7 +67,7 @@ class LeaseTracker:
         self._own = own
         self._reject = reject
         self._known: dict[str, _Known] = {}
-        # What the store lost, and what it has in its place: nothing, or an older lease.
+        # What is gone from the store, and what it has in its place: nothing, or an older lease.
         self._held: dict[str, Lease | None] = {}
         self._ignored: dict[str, str] = {}
         self._notes: list[str] = []
@@ -89,18 +95,21 @@ class LeaseTracker:
         self._ignored = {n: why for n, why in self._ignored.items() if n in present}
         went_back = self._went_back(snapshot, found)
         self.index = snapshot.index
+        missing = self._known.keys() - found.keys()
+        lost = {n for n in missing - present if went_back or n in self._held}
+        for name in missing - lost:
+            self._leave(name, now)
         before = len(self._held)
+        self._held.update(dict.fromkeys(lost))
+        if went_back:
+            self._held.update(
+                (name, found[name])
+                for name in self._known.keys() & found.keys()
+                if _may_be_older(found[name], self._known[name].lease)
+            )
         events: list[LeaseEvent] = []
-        for name in self._known.keys() - found.keys():
-            if name not in present and (went_back or name in self._held):
-                self._held[name] = None
-            else:
-                events += self._drop(name)
         for name, lease in found.items():
-            known = self._known.get(name)
-            if known and went_back and known.lease.attrs != lease.attrs:
-                self._held[name] = lease
-            elif name not in self._held or not _same_write(self._held[name], lease):
+            if name not in self._held or not _same_write(self._held[name], lease):
                 events += self._take(name, lease, now)
         self._note_held(before)
         return events + self.expire(now)
@@ -121,14 +130,21 @@ class LeaseTracker:
             return self._take(event.name, lease, now)
         if event.node is None:
             self._ignored.pop(event.name, None)
-        return self._drop(event.name)
+        self._leave(event.name, now)
+        return []
+
+    def due(self, now: float) -> float | None:
+        """Return the seconds until `expire` has something to do; None if nothing is held."""
+        ends = min((self._known[name].ends for name in self._held), default=None)
+        return None if ends is None else max(0.0, ends - now)
 
     def expire(self, now: float) -> list[LeaseEvent]:
         """Give up the held leases whose time is over."""
         events: list[LeaseEvent] = []
-        for name, instead in list(self._held.items()):
-            if self._known[name].ends <= now:
-                events += self._drop(name) if instead is None else self._take(name, instead, now)
+        for name in list(self._held):
+            # Giving one up can give up another before its turn.
+            if name in self._held and self._known[name].ends <= now:
+                events += self._give_up(name, now)
         return events
 
     def _went_back(self, snapshot: Snapshot, found: dict[str, Lease]) -> bool:
@@ -166,17 +182,23 @@ class LeaseTracker:
     def _take(self, name: str, lease: Lease, now: float) -> list[LeaseEvent]:
         events: list[LeaseEvent] = []
         self._held.pop(name, None)
-        for other in list(self._held):
-            if _replaces(lease, self._known[other].lease):
-                events += self._drop(other)
         before = self._known.get(name)
         ends = now + (HOLD_RESERVATION if lease.ttl is None else lease.ttl)
         self._known[name] = _Known(lease, ends)
+        for other in list(self._held):
+            if other in self._held and _replaces(lease, self._known[other].lease):
+                events += self._give_up(other, now)
         if before is None:
             events.append(LeaseEvent(EventType.ADDED, lease))
         elif before.lease.attrs != lease.attrs:
             events.append(LeaseEvent(EventType.ADDED, lease, before.lease))
         return events
+
+    def _leave(self, name: str, now: float) -> None:
+        known = self._known.get(name)
+        if known is not None:
+            self._known[name] = _Known(known.lease, min(known.ends, now + LINGER))
+            self._held[name] = None
 
     def _note_held(self, before: int) -> None:
         if len(self._held) > before:
@@ -185,10 +207,20 @@ class LeaseTracker:
                 " the ways to their hosts are kept until they publish them again"
             )
 
-    def _drop(self, name: str) -> list[LeaseEvent]:
-        self._held.pop(name, None)
-        known = self._known.pop(name, None)
-        return [] if known is None else [LeaseEvent(EventType.REMOVED, known.lease)]
+    def _give_up(self, name: str, now: float) -> list[LeaseEvent]:
+        """Hold a lease no longer: what the store has in its place counts."""
+        instead = self._held.pop(name)
+        if instead is not None:
+            return self._take(name, instead, now)
+        return [LeaseEvent(EventType.REMOVED, self._known.pop(name).lease)]
+
+
+def _may_be_older(lease: Lease, known: Lease) -> bool:
+    """Tell whether a store that went back may hold an older state of a lease than the one known.
+
+    Not if it was written after the last write we know of: no backup holds that.
+    """
+    return lease.attrs != known.attrs and lease.modified_index <= known.modified_index
 
 
 def _same_write(held: Lease | None, lease: Lease) -> bool:

@@ -1,0 +1,1 @@
+"""The etcd v2 store and the subnet manager against a real etcd on loopback. No root needed."""

@@ -1,0 +1,399 @@
+"""Acquiring, keeping and watching leases on a store that fails at the worst moment.
+
+On a double, see `memory_store`; the real etcd is in tests/store.
+"""
+
+import threading
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from memory_store import PATIENCE, Clock, Data, MemoryStore, Stop
+
+from flanneld import retry
+from flanneld.errors import LeaseLost, Stopped, StoreError, StoreUnavailable
+from flanneld.subnet import local_manager
+from flanneld.subnet.config import parse_config
+from flanneld.subnet.lease import Lease, LeaseAttrs
+from flanneld.subnet.local_manager import LEASE_TTL, RACES, LocalManager
+
+IP = IPv4Address("10.97.0.1")
+ATTRS = LeaseAttrs(IP, "host-gw")
+OTHER = LeaseAttrs(IPv4Address("10.97.0.2"), "host-gw").encode()
+SUBNET = IPv4Network("10.5.34.0/24")
+KEY = "10.5.34.0-24"
+CONFIG = parse_config('{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}')
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (local_manager, retry):
+        monkeypatch.setattr(module, "now", clock)
+    return clock
+
+
+@pytest.fixture
+def store(clock: Clock) -> MemoryStore:
+    return MemoryStore(Data(clock))
+
+
+@pytest.fixture
+def manager(store: MemoryStore) -> LocalManager:
+    return LocalManager(store, SUBNET)
+
+
+@pytest.fixture
+def stop(clock: Clock) -> Stop:
+    return Stop(clock)
+
+
+def held(store: MemoryStore) -> dict[str, tuple[str, int | None]]:
+    """Return value and time to live of each key."""
+    data = store.data
+    return {name: (n.value, n.ttl) for name in data.keys if (n := data.node(name))}
+
+
+OURS = {KEY: (ATTRS.encode(), LEASE_TTL)}
+
+
+# Acquiring.
+
+
+def test_the_previous_subnet_is_taken_again(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    assert lease == Lease(SUBNET, ATTRS, LEASE_TTL, store.data.index)
+    assert held(store) == OURS
+
+
+def test_the_lost_answer_of_a_creation(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    store.faults.extend([None, "after"])
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    assert lease.subnet == SUBNET
+    assert held(store) == OURS
+    assert lease.modified_index == store.data.keys[KEY].index
+    assert store.calls == ["snapshot", "create", "snapshot", "swap"]
+    assert stop.waits == [1.0]
+
+
+def test_our_own_lease_is_renewed_on_acquiring(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    store.data.put("10.5.7.0-24", LeaseAttrs(IP, "vxlan", '{"VtepMAC":"x"}').encode(), 50)
+    store.faults.extend([None, "after"])
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    assert lease.subnet == IPv4Network("10.5.7.0/24")
+    assert held(store) == {"10.5.7.0-24": (ATTRS.encode(), LEASE_TTL)}
+
+
+def test_a_reservation_is_used_and_stays_one(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    store.data.put("10.5.7.0-24", LeaseAttrs(IP).encode())
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    assert (lease.subnet, lease.ttl) == (IPv4Network("10.5.7.0/24"), None)
+    assert held(store) == {"10.5.7.0-24": (ATTRS.encode(), None)}
+
+
+def test_a_lease_that_fits_no_more_is_exchanged(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    store.data.put("10.6.7.0-24", ATTRS.encode(), 50)
+    assert manager.acquire_lease(CONFIG, ATTRS, stop).subnet == SUBNET
+    assert held(store) == OURS
+
+
+def test_somebody_else_was_faster(store: MemoryStore, manager: LocalManager, stop: Stop) -> None:
+    store.before_write.append(lambda: store.data.put(KEY, OTHER, 50))
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    assert lease.subnet != SUBNET
+    assert store.data.keys[KEY].value == OTHER
+    assert store.data.keys[lease.key].value == ATTRS.encode()
+    assert len(stop.waits) == 1
+    assert stop.waits[0] <= 0.05
+
+
+@pytest.mark.parametrize("loss", ["delete", "renew"])
+def test_our_lease_changed_while_we_took_it(
+    store: MemoryStore, manager: LocalManager, stop: Stop, loss: str
+) -> None:
+    store.data.put(KEY, ATTRS.encode(), 50)
+    change = {
+        "delete": lambda: store.data.delete(KEY),
+        "renew": lambda: store.data.put(KEY, ATTRS.encode(), 60),
+    }[loss]
+    store.before_write.append(change)
+    assert manager.acquire_lease(CONFIG, ATTRS, stop).subnet == SUBNET
+    assert held(store) == OURS
+    assert stop.waits[0] <= 0.05
+
+
+def test_an_unreadable_key_keeps_its_range(
+    store: MemoryStore, manager: LocalManager, stop: Stop, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.data.put(KEY, "garbage")
+    with caplog.at_level("INFO"):
+        assert manager.acquire_lease(CONFIG, ATTRS, stop).subnet != SUBNET
+    assert f"Ignoring bad subnet node {KEY}: not JSON" in caplog.text
+    assert store.data.keys[KEY].value == "garbage"
+
+
+def test_a_full_network_is_waited_for(
+    store: MemoryStore, manager: LocalManager, stop: Stop, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = parse_config('{"Network":"10.5.0.0/22"}')
+    for third in range(4):
+        store.data.put(f"10.5.{third}.0-24", OTHER, 12 if third == 2 else None)
+    with caplog.at_level("INFO"):
+        lease = manager.acquire_lease(config, ATTRS, stop)
+    assert lease.subnet == IPv4Network("10.5.2.0/24")
+    assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE] * 3
+    assert caplog.text.count("failed to acquire lease: out of subnets") == 1
+
+
+def test_acquiring_ends_when_asked_to(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    store.go_down(True)
+
+    def fifth_call_stops() -> None:
+        if len(store.calls) == 4:
+            stop.set()
+
+    store.on_call = fifth_call_stops
+    with pytest.raises(Stopped):
+        manager.acquire_lease(CONFIG, ATTRS, stop)
+    assert stop.waits == [1.0] * 4
+
+
+class Turns:
+    """Lets hosts, each in a thread of its own, make one request to the store at a time."""
+
+    def __init__(self, count: int) -> None:
+        self.go = [threading.Semaphore(0) for _ in range(count)]
+        self.arrived = [threading.Semaphore(0) for _ in range(count)]
+        self.done = [False] * count
+
+    def wait(self, host: int) -> None:
+        self.arrived[host].release()
+        assert self.go[host].acquire(timeout=PATIENCE)
+
+    def finish(self, host: int) -> None:
+        self.done[host] = True
+        self.arrived[host].release()
+
+    def take(self, host: int) -> None:
+        """Let one host make its next request."""
+        if not self.done[host]:
+            self.go[host].release()
+            assert self.arrived[host].acquire(timeout=PATIENCE)
+
+
+FAULTS = st.lists(st.sampled_from([None, None, "before", "after"]), max_size=8)
+HOSTS = st.lists(FAULTS, min_size=2, max_size=4)
+# A network of three subnets, of which the hosts may remember one; .0.0 is not one of them.
+SMALL = parse_config('{"Network":"10.5.0.0/22"}')
+REMEMBERED = st.sampled_from([None, IPv4Network("10.5.1.0/24"), IPv4Network("10.5.2.0/24")])
+
+
+@given(
+    HOSTS,
+    st.lists(REMEMBERED, min_size=4, max_size=4),
+    st.lists(st.sampled_from([None, 0, 1, 2]), min_size=4, max_size=4),
+    st.lists(st.integers(0, 3), max_size=40),
+)
+def test_no_subnet_ever_has_two_hosts(
+    faults: list[list[str | None]],
+    remembered: list[IPv4Network | None],
+    present: list[int | None],
+    schedule: list[int],
+) -> None:
+    data, count = Data(Clock()), len(faults)
+    for third, host in enumerate(present):
+        if host is not None:
+            data.put(f"10.5.{third}.0-24", value_of(host), 10**6)
+    turns, stop = Turns(count), Stop(data.clock)
+    leases: dict[int, Lease] = {}
+
+    def acquire(host: int) -> None:
+        store = MemoryStore(data)
+        store.faults.extend(faults[host])
+        store.on_call = lambda: turns.wait(host)
+        try:
+            leases[host] = LocalManager(store, remembered[host]).acquire_lease(
+                SMALL, LeaseAttrs(address(host)), stop
+            )
+        except Stopped:
+            pass
+        finally:
+            turns.finish(host)
+
+    threads = [threading.Thread(target=acquire, args=(host,)) for host in range(count)]
+    for host, thread in enumerate(threads):
+        thread.start()
+        turns.arrived[host].acquire(timeout=PATIENCE)
+    for host in [*(turn % count for turn in schedule), *list(range(count)) * 20]:
+        turns.take(host)
+        check_owners(leases, data)
+    stop.set()
+    for host, thread in enumerate(threads):
+        turns.take(host)
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    check_owners(leases, data)
+    subnets = {f"10.5.{third}.0-24" for third in (1, 2, 3)}
+    for host in range(count):
+        before = {f"10.5.{third}.0-24" for third in (1, 2, 3) if present[third] == host}
+        has = {
+            name for name in subnets & data.keys.keys() if data.keys[name].value == value_of(host)
+        }
+        assert has == before or (not before and len(has) <= 1)
+        # Who got none found all of them taken by the others.
+        assert (host in leases) is bool(has)
+        assert has or subnets <= data.keys.keys()
+
+
+def address(host: int) -> IPv4Address:
+    return IPv4Address(f"10.97.0.{host + 1}")
+
+
+def value_of(host: int) -> str:
+    return LeaseAttrs(address(host)).encode()
+
+
+def check_owners(leases: dict[int, Lease], data: Data) -> None:
+    """Each lease that was handed out is its host's in the store, and no two are the same."""
+    for host, lease in list(leases.items()):
+        assert data.keys[lease.key].value == value_of(host)
+    assert len({lease.subnet for lease in leases.values()}) == len(leases)
+
+
+# Keeping.
+
+
+@pytest.fixture
+def lease(store: MemoryStore, manager: LocalManager, stop: Stop) -> Lease:
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    store.data.clock.time += 1000
+    store.calls.clear()
+    return lease
+
+
+def check_kept(store: MemoryStore, kept: Lease, ttl: int | None = LEASE_TTL) -> None:
+    assert held(store) == {KEY: (ATTRS.encode(), ttl)}
+    assert kept == Lease(SUBNET, ATTRS, ttl, store.data.keys[KEY].index)
+
+
+def test_a_lease_is_renewed(store: MemoryStore, manager: LocalManager, lease: Lease) -> None:
+    check_kept(store, manager.keep_lease(lease))
+    assert store.calls == ["swap"]
+
+
+def test_a_lease_that_is_gone_is_put_back(
+    store: MemoryStore, manager: LocalManager, lease: Lease
+) -> None:
+    store.data.delete(KEY)
+    check_kept(store, manager.keep_lease(lease))
+
+
+def test_a_renewal_whose_answer_was_lost(
+    store: MemoryStore, manager: LocalManager, lease: Lease
+) -> None:
+    for fault in ("after", "before"):
+        store.faults.append(fault)
+        with pytest.raises(StoreUnavailable):
+            manager.keep_lease(lease)
+    check_kept(store, manager.keep_lease(lease))
+
+
+def test_a_lost_answer_while_putting_back(
+    store: MemoryStore, manager: LocalManager, lease: Lease
+) -> None:
+    store.data.delete(KEY)
+    store.faults.extend([None, None, "after"])
+    with pytest.raises(StoreUnavailable):
+        manager.keep_lease(lease)
+    check_kept(store, manager.keep_lease(lease))
+
+
+@pytest.mark.parametrize("ttl", [None, 60])
+def test_another_hosts_lease_is_never_overwritten(
+    store: MemoryStore, manager: LocalManager, lease: Lease, ttl: int | None
+) -> None:
+    store.data.put(KEY, OTHER, ttl)
+    with pytest.raises(LeaseLost, match=r"10\.5\.34\.0/24 is now held by 10\.97\.0\.2"):
+        manager.keep_lease(lease)
+    assert held(store) == {KEY: (OTHER, ttl)}
+
+
+def test_another_host_is_faster_in_putting_back(
+    store: MemoryStore, manager: LocalManager, lease: Lease
+) -> None:
+    store.data.delete(KEY)
+    store.before_write.extend([lambda: None, lambda: store.data.put(KEY, OTHER, 60)])
+    with pytest.raises(LeaseLost):
+        manager.keep_lease(lease)
+    assert held(store) == {KEY: (OTHER, 60)}
+
+
+def test_it_is_not_put_back_into_another_hosts_range(
+    store: MemoryStore, manager: LocalManager, lease: Lease
+) -> None:
+    store.data.delete(KEY)
+    store.data.put("10.5.32.0-22", OTHER, 60)
+    with pytest.raises(LeaseLost, match=r"10\.97\.0\.2 holds 10\.5\.32\.0/22, which overlaps"):
+        manager.keep_lease(lease)
+    assert list(store.data.keys) == ["10.5.32.0-22"]
+
+
+@pytest.mark.parametrize("ttl", [None, 60])
+@pytest.mark.parametrize("value", ["garbage", LeaseAttrs(IP, "vxlan").encode(), ATTRS.encode()])
+def test_what_somebody_wrote_there_is_restored(
+    store: MemoryStore, manager: LocalManager, lease: Lease, value: str, ttl: int | None
+) -> None:
+    # What has no end by somebody's wish keeps having none.
+    store.data.put(KEY, value, ttl)
+    check_kept(store, manager.keep_lease(lease), ttl and LEASE_TTL)
+
+
+def test_a_reservation_stays_one(store: MemoryStore, manager: LocalManager, stop: Stop) -> None:
+    store.data.put(KEY, ATTRS.encode())
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    for _ in range(2):
+        lease = manager.keep_lease(lease)
+        check_kept(store, lease, None)
+    store.data.put(KEY, "garbage")
+    check_kept(store, manager.keep_lease(lease), None)
+    store.data.put(KEY, ATTRS.encode(), 60)
+    check_kept(store, manager.keep_lease(lease), LEASE_TTL)
+
+
+def test_a_deleted_reservation_comes_back_as_a_lease(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    store.data.put(KEY, ATTRS.encode())
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    store.data.delete(KEY)
+    check_kept(store, manager.keep_lease(lease))
+
+
+def test_a_reservation_made_while_it_was_put_back(
+    store: MemoryStore, manager: LocalManager, lease: Lease
+) -> None:
+    store.data.delete(KEY)
+    store.before_write.extend([lambda: None, lambda: store.data.put(KEY, ATTRS.encode())])
+    check_kept(store, manager.keep_lease(lease), None)
+
+
+def test_endless_races_are_given_up(
+    store: MemoryStore, manager: LocalManager, lease: Lease
+) -> None:
+    store.before_write.extend([lambda: store.data.put(KEY, ATTRS.encode(), 60)] * 2 * RACES)
+    with pytest.raises(StoreError, match=f"changed {RACES} times"):
+        manager.keep_lease(lease)
+    assert store.calls == ["swap", "read"] * RACES
