@@ -10,7 +10,8 @@ import queue
 import select
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv4Network
 
 from flanneld.kernel.netlink import KernelEvent, LinkEvent
@@ -53,6 +54,8 @@ class PeerNetwork:
         self._entries = entries
         self._networks = (config.network, previous_network or config.network)
         self._peers: dict[IPv4Network, Lease] = {}
+        # How many peers want each slot: a host that has two leases has one MAC for both.
+        self._users: Counter[Slot] = Counter()
         self._ignored: dict[IPv4Network, str] = {}
         self._index = 0
         self._inbox: queue.SimpleQueue[Sequence[LeaseEvent] | BaseException] = queue.SimpleQueue()
@@ -133,15 +136,24 @@ class PeerNetwork:
             for entry in self._entries(before, self._index) if before else ():
                 put.pop(entry.slot, None)
                 drop[entry.slot] = None
+                self._users[entry.slot] -= 1
             if self._is_peer(event):
                 self._peers[subnet] = lease
                 for entry in self._entries(lease, self._index):
                     put[entry.slot] = entry
                     drop.pop(entry.slot, None)
+                    self._users[entry.slot] += 1
                 lines.append(f"Subnet added: {subnet} via {lease.attrs.public_ip}")
             elif before is not None:
                 lines.append(f"Subnet removed: {subnet}")
         self._log_changes(lines)
+        shared = {slot for slot in drop if self._users[slot]}
+        for entry in self._all_entries() if shared else ():
+            if entry.slot in shared:
+                put[entry.slot] = entry
+                drop.pop(entry.slot, None)
+        for slot in drop:
+            del self._users[slot]
         return list(put.values()), list(drop)
 
     @staticmethod
@@ -165,10 +177,13 @@ class PeerNetwork:
         return False
 
     def _set_all(self, reconciler: Reconciler) -> None:
-        entries = [
-            entry for lease in self._peers.values() for entry in self._entries(lease, self._index)
-        ]
+        entries = list(self._all_entries())
+        self._users = Counter(entry.slot for entry in entries)
         reconciler.set_all(entries, Territory(self._networks))
+
+    def _all_entries(self) -> Iterator[Entry]:
+        for lease in self._peers.values():
+            yield from self._entries(lease, self._index)
 
     def _device_index(self) -> int:
         try:

@@ -171,6 +171,7 @@ class LocalManager:
                     index = poll.index
             except HistoryCleared:
                 log.warning(_HISTORY_CLEARED)
+                stop.wait(BEHIND_PAUSE)
             except Behind:
                 stop.wait(BEHIND_PAUSE)
             except StoreError as error:
@@ -199,6 +200,7 @@ class LocalManager:
                 yield from self._follow(tracker, stop)
             except HistoryCleared:
                 log.warning(_HISTORY_CLEARED)
+                stop.wait(BEHIND_PAUSE)
             except Behind as error:
                 log.log(verbose(1), "Watch subnets: %s", error)
                 stop.wait(BEHIND_PAUSE)
@@ -212,11 +214,14 @@ class LocalManager:
             wait, due = self._spread(POLL), tracker.due(now())
             if due is not None:
                 wait = min(wait, due + 0.01)  # a little late, so that something is due then
+            began = now()
             poll = self._store.poll(None, tracker.index, wait)
             if poll.event is None:
                 tracker.advance(poll.index)
                 self._check_config()
                 events = []
+                # A proxy that ends polls early must not make us ask without pause.
+                stop.wait(max(0.0, min(wait, 1.0) - (now() - began)))
             else:
                 events = tracker.event(poll.event, now())
             events += tracker.expire(now())

@@ -41,6 +41,8 @@ class LeaseMonitor:
         self._inbox: queue.SimpleQueue[LeaseStatus | BaseException | None] = queue.SimpleQueue()
         # Indexes of our own writes, so that their echo in the watch is recognised.
         self._written: deque[int] = deque([lease.modified_index], maxlen=64)
+        # A write that failed may have been carried out all the same.
+        self._in_doubt = False
         self._altered: deque[float] = deque(maxlen=FIGHTS)
         self._renew_at: float | None = None
         self._ends_at = 0.0
@@ -89,6 +91,9 @@ class LeaseMonitor:
         if status.state is LeaseState.ABSENT:
             self._put_back()
         elif stored.modified_index in self._written:
+            # Echoes come in order: an older write seen after this one was brought by a backup.
+            while self._written[0] != stored.modified_index:
+                self._written.popleft()
             if stored.modified_index == self._lease.modified_index:
                 self._schedule(stored)  # its remaining time, fresh from the store
         elif status.state is LeaseState.ALTERED:
@@ -128,13 +133,16 @@ class LeaseMonitor:
         self._renew()
 
     def _accept(self, stored: Lease) -> None:
-        """Somebody wrote our key anew, with our attributes: an operator changed its lifetime."""
-        log.warning(
-            "Lease of %s was rewritten by somebody else. If that was not you, another host may have"
-            " the public IP %s too",
-            stored.subnet,
-            stored.attrs.public_ip,
-        )
+        """Our key was written anew with our attributes: by a write of ours whose answer was lost,
+        or by an operator who changed its lifetime."""
+        if not self._in_doubt:
+            log.warning(
+                "Lease of %s was rewritten by somebody else. If that was not you, another host may"
+                " have the public IP %s too",
+                stored.subnet,
+                stored.attrs.public_ip,
+            )
+        self._in_doubt = False
         self._lease = stored
         self._written.append(stored.modified_index)
         self._schedule(stored)
@@ -144,6 +152,7 @@ class LeaseMonitor:
         try:
             self._lease = self._manager.keep_lease(self._lease)
         except StoreError as error:
+            self._in_doubt = True
             pause = RETRY
             if not self._lease.modified_index:
                 pause = RETRY_LOST
@@ -152,6 +161,7 @@ class LeaseMonitor:
             self._renew_at = now() + pause
             log.error("Error renewing lease (trying again in %.0f s): %s", pause, error)
             return
+        self._in_doubt = False
         self._written.append(self._lease.modified_index)
         self._schedule(self._lease)
         if self._lease.ttl is not None:

@@ -28,6 +28,9 @@ from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
 # Seconds. Long for a host that takes its lease back, short for one that has left.
 LINGER = 1.0
 
+# Seconds by which two readings of one lease's end may differ: the store counts whole seconds.
+_TTL_SLACK = 3.0
+
 # How long a lost reservation is held: it has no end of its own. As long as a lease.
 HOLD_RESERVATION = 86400.0
 
@@ -105,7 +108,7 @@ class LeaseTracker:
             self._held.update(
                 (name, found[name])
                 for name in self._known.keys() & found.keys()
-                if _may_be_older(found[name], self._known[name].lease)
+                if _may_be_older(found[name], self._known[name], now)
             )
         events: list[LeaseEvent] = []
         for name, lease in found.items():
@@ -197,7 +200,8 @@ class LeaseTracker:
     def _leave(self, name: str, now: float) -> None:
         known = self._known.get(name)
         if known is not None:
-            self._known[name] = _Known(known.lease, min(known.ends, now + LINGER))
+            ends = min(known.ends, now + LINGER) if name in self._held else now + LINGER
+            self._known[name] = _Known(known.lease, ends)
             self._held[name] = None
 
     def _note_held(self, before: int) -> None:
@@ -215,12 +219,15 @@ class LeaseTracker:
         return [LeaseEvent(EventType.REMOVED, self._known.pop(name).lease)]
 
 
-def _may_be_older(lease: Lease, known: Lease) -> bool:
+def _may_be_older(lease: Lease, known: _Known, now: float) -> bool:
     """Tell whether a store that went back may hold an older state of a lease than the one known.
 
-    Not if it was written after the last write we know of: no backup holds that.
+    Not if it was written after the last write we know of, as no backup holds that: it has a later
+    index, or it ends later.
     """
-    return lease.attrs != known.attrs and lease.modified_index <= known.modified_index
+    later = lease.ttl is not None and now + lease.ttl > known.ends + _TTL_SLACK
+    written_later = later or lease.modified_index > known.lease.modified_index
+    return lease.attrs != known.lease.attrs and not written_later
 
 
 def _same_write(held: Lease | None, lease: Lease) -> bool:

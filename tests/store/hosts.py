@@ -219,3 +219,11 @@ class Cluster:
         """Write elsewhere in etcd more events than it remembers (1000)."""
         for number in range(events):
             self.client.put("/elsewhere", str(number))
+
+
+def follow_peers(cluster: Cluster, endpoints: str = "") -> tuple[Lease, Peers]:
+    """A host that follows its peers; its first batch has come."""
+    manager, own = cluster.host(endpoints)
+    peers = cluster.watch_peers(manager, own)
+    peers.until(len, "the first batch")
+    return own, peers

@@ -121,7 +121,7 @@ class Server:
         scheme = "http" if tls is None else "https"
         self.url = f"{scheme}://{LOOPBACK}:{self._listener.server_address[1]}"
         self._thread = threading.Thread(
-            target=self._listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+            target=self._listener.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True
         )
         self._thread.start()
 

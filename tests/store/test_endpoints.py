@@ -34,8 +34,8 @@ def _endpoints_in_the_order_given(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a test need not wait as long as a daemon does."""
-    monkeypatch.setattr(etcd_member, "CONNECT_TIMEOUT", 0.5)
-    monkeypatch.setattr(etcd_member, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(etcd_member, "CONNECT_TIMEOUT", 0.7)
+    monkeypatch.setattr(etcd_member, "ANSWER_TIMEOUT", 0.7)
 
 
 @contextmanager

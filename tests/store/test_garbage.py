@@ -6,7 +6,7 @@ Anything else would end the daemon; what cannot be understood must not be believ
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -156,30 +156,37 @@ FIELDS = ["key", "value", "dir", "nodes", "modifiedIndex", "createdIndex", "ttl"
 def test_fields_of_another_type(make_store: MakeStore, field: str) -> None:
     """Whatever a field holds, the answer is understood or it is a StoreError."""
     good = {"key": KEY, "value": "v", "ttl": 60, "modifiedIndex": 6, "createdIndex": 6}
-    for wrong, directory in itertools.product(WRONG_VALUES, (False, True)):
-        node = {**good, "dir": True, "nodes": [good]} if directory else dict(good)
-        document: dict[str, object] = {"action": "set", "node": node}
-        if field in ("action", "prevNode"):
-            document[field] = wrong
-        else:
-            node[field] = wrong
-            if directory:
-                node["nodes"] = [{**good, field: wrong}]
-        check_survives(make_store, answer(json.dumps(document), index=6))
-
-
-def check_survives(make_store: MakeStore, data: bytes) -> None:
-    with Server(lambda _: data) as server:
+    with Server() as server:
         store = make_store(server.url, at="/p")
-        for run in CALLS.values():
-            try:
-                result = run(store)
-            except StoreError:
-                continue
-            if isinstance(result, Snapshot):
-                assert all(isinstance(node.index, int) for node in result.nodes)
-            if isinstance(result, Poll):
-                assert result.index >= 5
+        for wrong, directory in itertools.product(WRONG_VALUES, (False, True)):
+            node = {**good, "dir": True, "nodes": [good]} if directory else dict(good)
+            document: dict[str, object] = {"action": "set", "node": node}
+            if field in ("action", "prevNode"):
+                document[field] = wrong
+            else:
+                node[field] = wrong
+                if directory:
+                    node["nodes"] = [{**good, field: wrong}]
+            check_survives(store, server, answer(json.dumps(document), index=6))
+
+
+def check_survives(store: EtcdV2Store, server: Server, data: bytes) -> None:
+    server.behaviour = lambda _: data
+    for run in CALLS.values():
+        try:
+            result = run(store)
+        except StoreError:
+            continue
+        if isinstance(result, Snapshot):
+            assert all(isinstance(node.index, int) for node in result.nodes)
+        if isinstance(result, Poll):
+            assert result.index >= 5
+
+
+@pytest.fixture
+def json_server(make_store: MakeStore) -> Iterator[tuple[Server, EtcdV2Store]]:
+    with Server() as server:
+        yield server, make_store(server.url, at="/p")
 
 
 json_values = st.recursive(
@@ -209,8 +216,11 @@ json_values = st.recursive(
     ),
     st.sampled_from([200, 201, 400, 401, 403, 404, 412, 500]),
 )
-def test_any_json(make_store: MakeStore, document: dict[str, object], status: int) -> None:
-    check_survives(make_store, answer(json.dumps(document), status, index=6))
+def test_any_json(
+    json_server: tuple[Server, EtcdV2Store], document: dict[str, object], status: int
+) -> None:
+    server, store = json_server
+    check_survives(store, server, answer(json.dumps(document), status, index=6))
 
 
 def test_answer_of_an_etcd_without_v2_names_the_flag(make_store: MakeStore) -> None:

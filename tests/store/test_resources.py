@@ -27,10 +27,10 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(etcd_member, "ANSWER_TIMEOUT", 0.02)
-    monkeypatch.setattr(etcd_member, "CONNECT_TIMEOUT", 0.02)
+    monkeypatch.setattr(etcd_member, "ANSWER_TIMEOUT", 0.005)
+    monkeypatch.setattr(etcd_member, "CONNECT_TIMEOUT", 0.005)
 
 
 def use(store: EtcdV2Store) -> None:
@@ -41,6 +41,7 @@ def use(store: EtcdV2Store) -> None:
             continue
 
 
+@pytest.mark.usefixtures("_impatient")
 def test_200_stores_that_fail_leak_nothing() -> None:
     with (
         Server(lambda _: answer("<html>", 502)) as broken,
@@ -82,11 +83,8 @@ def test_closed_store_holds_no_connection(etcd: Etcd, cluster: Cluster) -> None:
     assert descriptors() == before
 
 
-def test_one_store_keeps_few_connections(
-    etcd: Etcd, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_store_keeps_few_connections(etcd: Etcd, cluster: Cluster) -> None:
     """Hundreds of polls that end in every way do not add up."""
-    monkeypatch.setattr(etcd_member, "ANSWER_TIMEOUT", 5.0)
     store = EtcdV2Store(etcd.url, cluster.prefix, Credentials())
     index = store.snapshot().index
     before = descriptors()

@@ -9,22 +9,19 @@ from flanneld.errors import HistoryCleared
 from flanneld.subnet import local_manager, watch
 from flanneld.subnet.etcd_member import Credentials
 from flanneld.subnet.etcdv2 import EtcdV2Store
-from flanneld.subnet.lease import Lease, LeaseAttrs
+from flanneld.subnet.lease import LeaseAttrs
 from flanneld.subnet.local_manager import LocalManager
 from flanneld.subnet.store import Poll
 from flanneld.subnet.watch import EventType
 from lab.wait import eventually
 
-from .hosts import SOON, Cluster, Peers, attrs, peer_ip, peer_subnet
-from .servers import Action, Forward, Request, Server, Stall, poll_head
+from .hosts import SOON, Cluster, Peers, attrs, follow_peers, peer_ip, peer_subnet
+from .servers import Server
 
 
-def start(cluster: Cluster, endpoints: str = "") -> tuple[Lease, Peers]:
-    """A host that follows its peers; its first batch has come."""
-    manager, own = cluster.host(endpoints)
-    peers = cluster.watch_peers(manager, own)
-    peers.until(len, "the first batch")
-    return own, peers
+@pytest.fixture(autouse=True)
+def _short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "LINGER", 0.1)
 
 
 def settle(cluster: Cluster, peers: Peers, number: int = 999) -> None:
@@ -36,19 +33,19 @@ def settle(cluster: Cluster, peers: Peers, number: int = 999) -> None:
 def test_first_batch_is_everything_there_is(cluster: Cluster) -> None:
     for number in range(1, 4):
         cluster.join(number)
-    own, peers = start(cluster)
+    own, peers = follow_peers(cluster)
     assert len(peers.items) == 1
     peers.expect_numbers(range(1, 4))
     assert str(own.subnet) not in peers.now()
 
 
 def test_first_batch_comes_even_if_it_is_empty(cluster: Cluster) -> None:
-    _, peers = start(cluster)
+    _, peers = follow_peers(cluster)
     assert peers.items == [[]]
 
 
 def test_join_change_and_leave(cluster: Cluster) -> None:
-    _, peers = start(cluster)
+    _, peers = follow_peers(cluster)
     cluster.join(1)
     peers.expect_numbers([1])
     subnet = peer_subnet(1)
@@ -66,14 +63,17 @@ def test_join_change_and_leave(cluster: Cluster) -> None:
 
 
 def test_lease_that_expires(cluster: Cluster) -> None:
-    _, peers = start(cluster)
+    _, peers = follow_peers(cluster)
     cluster.put(peer_subnet(1), attrs(peer_ip(1)), ttl=1)
     peers.expect_numbers([1])
     peers.expect({})
 
 
-def test_lease_taken_back_at_once_was_never_gone(cluster: Cluster) -> None:
-    _, peers = start(cluster)
+def test_lease_taken_back_at_once_was_never_gone(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "LINGER", 20.0)
+    _, peers = follow_peers(cluster)
     cluster.join(1)
     cluster.leave(1)
     cluster.join(1)
@@ -82,7 +82,7 @@ def test_lease_taken_back_at_once_was_never_gone(cluster: Cluster) -> None:
 
 
 def test_renewals_and_foreign_writes_are_no_news(cluster: Cluster) -> None:
-    own, peers = start(cluster)
+    own, peers = follow_peers(cluster)
     cluster.join(1)
     for _ in range(5):
         cluster.join(1)
@@ -142,30 +142,13 @@ def test_garbage_is_ignored_in_snapshot_and_events(
 
 
 def test_lease_that_becomes_unreadable_counts_as_gone(cluster: Cluster) -> None:
-    _, peers = start(cluster)
+    _, peers = follow_peers(cluster)
     cluster.join(1)
     peers.expect_numbers([1])
     cluster.put(peer_subnet(1), "garbage")
     peers.expect({})
     cluster.join(1)
     peers.expect_numbers([1])
-
-
-def test_deleted_directory_is_lost_data_not_departure(cluster: Cluster) -> None:
-    """Their hosts are still there, and publish again; what is new or changed meanwhile counts."""
-    _, peers = start(cluster)
-    for number in (1, 2, 3):
-        cluster.join(number)
-    peers.expect_numbers([1, 2, 3])
-    assert cluster.client.delete(f"{cluster.prefix}/subnets", recursive=True)
-    cluster.join(4)
-    peers.expect_numbers([1, 2, 3, 4])
-    cluster.join(1)
-    moved = attrs(peer_ip(20))
-    cluster.put(peer_subnet(2), moved)
-    subnets = {peer_subnet(n): attrs(peer_ip(n)) for n in (1, 3, 4)}
-    peers.expect({**subnets, peer_subnet(2): moved})
-    assert len(peers.events()) == 5
 
 
 class Faulty(EtcdV2Store):
@@ -210,30 +193,6 @@ def test_changes_around_cleared_history(cluster: Cluster) -> None:
     peers.expect({**leases, peer_subnet(3): changed})
 
 
-def test_more_events_than_etcd_remembers_while_away(cluster: Cluster) -> None:
-    away = threading.Event()
-
-    def behave(_: Request) -> Action:
-        return b"" if away.is_set() else Forward.ANSWER
-
-    with Server(behave, upstream=cluster.etcd.url) as proxy:
-        _, peers = start(cluster, proxy.url)
-        for number in (1, 2, 3):
-            cluster.join(number)
-        peers.expect_numbers([1, 2, 3])
-        away.set()
-        proxy.cut()
-        cluster.leave(1)
-        cluster.join(4)
-        moved = attrs(peer_ip(20))
-        cluster.put(peer_subnet(2), moved)
-        cluster.make_history()
-        away.clear()
-        leases = {peer_subnet(n): attrs(peer_ip(n)) for n in (3, 4)}
-        peers.expect({**leases, peer_subnet(2): moved})
-        assert len(peers.events()) == 6
-
-
 def burst(cluster: Cluster, numbers: range, disturb: Callable[[int], None]) -> None:
     with cluster.etcd.client() as client:
         for number in numbers:
@@ -249,7 +208,7 @@ def test_burst_of_500_with_cut_connections(cluster: Cluster) -> None:
             proxy.cut()
 
     with Server(upstream=cluster.etcd.url) as proxy:
-        _, peers = start(cluster, proxy.url)
+        _, peers = follow_peers(cluster, proxy.url)
         burst(cluster, range(1, 501), disturb)
         peers.expect_numbers(range(1, 501))
         assert len(peers.events()) == 500
@@ -272,7 +231,7 @@ def test_burst_of_500_with_cleared_history(cluster: Cluster) -> None:
 
 def test_burst_in_which_hosts_come_go_and_change(cluster: Cluster) -> None:
     """From several writers at once; the end counts, and each step must fit the one before."""
-    _, peers = start(cluster)
+    _, peers = follow_peers(cluster)
 
     def write(offset: int) -> None:
         with cluster.etcd.client() as client:
@@ -297,126 +256,11 @@ def test_burst_in_which_hosts_come_go_and_change(cluster: Cluster) -> None:
     peers.expect(expected)
 
 
-def test_etcd_restarts(own_cluster: Cluster) -> None:
-    _, peers = start(own_cluster)
-    for number in (1, 2):
-        own_cluster.join(number)
-    peers.expect_numbers([1, 2])
-    own_cluster.etcd.restart()
-    own_cluster.leave(1)
-    own_cluster.join(3)
-    peers.expect_numbers([2, 3])
-    assert len(peers.events()) == 4
-
-
-def test_etcd_loses_all_data(own_cluster: Cluster) -> None:
-    """Peers are held until they publish again; who does with other attributes has changed."""
-    _, peers = start(own_cluster)
-    for number in (1, 2, 3):
-        own_cluster.join(number)
-    peers.expect_numbers([1, 2, 3])
-    own_cluster.etcd.wipe()
-    own_cluster.put_config()
-    own_cluster.join(4)
-    peers.expect_numbers([1, 2, 3, 4])
-    own_cluster.join(1)
-    changed = attrs(peer_ip(2), mac="aa:7b:75:bf:06:90")
-    own_cluster.put(peer_subnet(2), changed)
-    leases = {peer_subnet(n): attrs(peer_ip(n)) for n in (1, 3, 4)}
-    peers.expect({**leases, peer_subnet(2): changed})
-    assert len(peers.events()) == 5
-    own_cluster.leave(1)
-    del leases[peer_subnet(1)]
-    peers.expect({**leases, peer_subnet(2): changed})
-
-
-def test_etcd_is_restored_from_a_backup(own_cluster: Cluster) -> None:
-    _, peers = start(own_cluster)
-    own_cluster.join(1)
-    own_cluster.put(peer_subnet(2), attrs(peer_ip(20)))
-    backup = own_cluster.etcd.backup()
-    own_cluster.join(2)
-    own_cluster.join(3)
-    peers.expect_numbers([1, 2, 3])
-    before = len(peers.events())
-    own_cluster.etcd.restore(backup)
-    own_cluster.join(4)
-    peers.expect_numbers([1, 2, 3, 4])
-    own_cluster.join(2)
-    own_cluster.join(3)
-    own_cluster.leave(3)
-    peers.expect_numbers([1, 2, 4])
-    assert len(peers.events()) == before + 2
-
-
-def test_etcd_frozen_for_a_while(own_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_manager, "POLL", 1.0)
-    _, peers = start(own_cluster)
-    own_cluster.join(1)
-    peers.expect_numbers([1])
-    own_cluster.etcd.freeze()
-    threading.Event().wait(2)
-    own_cluster.etcd.thaw()
-    own_cluster.join(2)
-    peers.expect_numbers([1, 2])
-
-
-def test_member_that_lags_behind(cluster: Cluster) -> None:
-    """It is asked again, and what it says of the past is not believed."""
-    lagging = 5
-
-    def behave(request: Request) -> Action:
-        nonlocal lagging
-        if request.is_poll and lagging:
-            lagging -= 1
-            return poll_head(1) + b"0\r\n\r\n"
-        return Forward.ANSWER
-
-    cluster.join(1)
-    with Server(behave, upstream=cluster.etcd.url) as proxy:
-        _, peers = start(cluster, proxy.url)
-        eventually(lambda: not lagging, SOON, "the member was asked again")
-        cluster.join(2)
-        peers.expect_numbers([1, 2])
-        assert len(peers.events()) == 2
-
-
-def test_member_cut_off_from_its_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It accepts polls and would let us wait for ever; a linearizable read finds it out."""
-    monkeypatch.setattr(local_manager, "POLL", 0.3)
-    monkeypatch.setattr("random.shuffle", lambda _: None)
-    cut_off = threading.Event()
-
-    def behave(request: Request) -> Action:
-        if not cut_off.is_set():
-            return Forward.ANSWER
-        return Stall(poll_head(10**6)) if request.is_poll else b""
-
-    with Server(behave, upstream=cluster.etcd.url) as proxy:
-        _, peers = start(cluster, f"{proxy.url},{cluster.etcd.url}")
-        cut_off.set()
-        proxy.cut()
-        eventually(proxy.polls, SOON, "a poll")
-        cluster.join(1)
-        peers.expect_numbers([1])
-
-
-def test_held_peers_end_in_time(own_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "HOLD_RESERVATION", 2.0)
-    monkeypatch.setattr(local_manager, "POLL", 0.3)
-    _, peers = start(own_cluster)
-    own_cluster.put(peer_subnet(1), attrs(peer_ip(1)), ttl=None)
-    own_cluster.join(2)
-    peers.expect_numbers([1, 2])
-    own_cluster.etcd.wipe()
-    peers.expect_numbers([2])
-
-
 def test_changed_config_is_told_once(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(local_manager, "POLL", 0.1)
-    start(cluster)
+    follow_peers(cluster)
     cluster.put_config('{"Network":"10.6.0.0/16"}')
 
     def said() -> int:
@@ -425,20 +269,3 @@ def test_changed_config_is_told_once(
     eventually(said, SOON, "the warning")
     threading.Event().wait(0.5)
     assert said() == 1
-
-
-@pytest.mark.parametrize("etcd_runs", [True, False])
-def test_watch_ends_when_the_manager_is_closed(own_cluster: Cluster, etcd_runs: bool) -> None:
-    manager, own = own_cluster.host()
-    peers = own_cluster.watch_peers(manager, own)
-    watched = own_cluster.watch_own(manager, own)
-    peers.until(len, "the first batch")
-    watched.until(len, "the first report")
-    if not etcd_runs:
-        own_cluster.etcd.stop()
-        threading.Event().wait(0.3)
-    own_cluster.stop.set()
-    manager.close()
-    eventually(lambda: peers.ended and watched.ended, 1.5, "both watches ended")
-    assert peers.error is None
-    assert watched.error is None

@@ -122,10 +122,25 @@ def test_a_lease_taken_back_in_time_was_never_gone() -> None:
     assert tracker.due(3) is None
 
 
-def test_a_lease_at_its_end_does_not_linger_beyond_it() -> None:
+def test_a_lease_that_expired_lingers_too() -> None:
+    """Its host may be there, and take it back as soon as it hears of it."""
     tracker = tracking(lease(1, 50, ttl=10))
     tracker.event(gone(ONE, 101), 9.75)
-    assert tracker.due(9.75) == 0.25
+    assert tracker.due(9.75) == LINGER
+
+
+def test_what_is_gone_twice_lingers_once() -> None:
+    tracker = tracking(ONE)
+    tracker.event(gone(ONE, 101), 1)
+    tracker.event(gone(ONE, 102), 1.5)
+    assert tracker.due(1.5) == LINGER - 0.5
+
+
+def test_attributes_published_anew_after_a_wipe_are_believed() -> None:
+    """At a lower index than the former ones, but with an end that no backup could have."""
+    tracker = tracking(lease(1, 100, ttl=1000))
+    moved = lease(1, 5, host=9, ttl=1000)
+    assert tracker.snapshot(snap(5, moved), 500) == [added(moved, previous=lease(1, 100, ttl=1000))]
 
 
 def test_a_lingering_lease_gives_way_to_the_next_owner() -> None:

@@ -1,0 +1,94 @@
+"""What an outage logs, and how long it pauses."""
+
+import logging
+
+import pytest
+from memory_store import Clock, Stop
+
+from flanneld import retry
+from flanneld.retry import FIRST_PAUSE, LONGEST_PAUSE, REPEAT, Outage
+
+
+class Log:
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, str]] = []
+
+    def __call__(self, level: int, text: str) -> None:
+        self.lines.append((level, text))
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Stop:
+    clock = Clock()
+    monkeypatch.setattr(retry, "now", clock)
+    return Stop(clock)
+
+
+def test_the_same_reason_is_logged_once_a_minute(stop: Stop) -> None:
+    log = Log()
+    outage = Outage(log, "Watch", steady=1.0)
+    for _ in range(int(2 * REPEAT) + 1):
+        assert outage.failed(OSError("refused"), stop)
+    assert log.lines == [(logging.ERROR, "Watch: refused")] * 3
+
+
+def test_another_reason_is_logged_at_once(stop: Stop) -> None:
+    log = Log()
+    outage = Outage(log, "Watch", steady=1.0)
+    for reason in ("refused", "refused", "timeout", "refused"):
+        outage.failed(reason, stop, logging.INFO)
+    assert [text for _, text in log.lines] == ["Watch: refused", "Watch: timeout", "Watch: refused"]
+    assert {level for level, _ in log.lines} == {logging.INFO}
+
+
+def test_pauses_grow_up_to_the_longest_and_vary(stop: Stop) -> None:
+    outage = Outage(Log(), "Watch")
+    for _ in range(10):
+        outage.failed("refused", stop)
+    whole = FIRST_PAUSE
+    for pause in stop.waits:
+        assert whole / 2 <= pause <= whole
+        whole = min(2 * whole, LONGEST_PAUSE)
+    assert whole == LONGEST_PAUSE
+    assert len({pause / LONGEST_PAUSE for pause in stop.waits[4:]}) > 1
+
+
+def test_a_steady_pause(stop: Stop) -> None:
+    outage = Outage(Log(), "Watch", steady=5.0)
+    for _ in range(3):
+        outage.failed("refused", stop)
+    assert stop.waits == [5.0] * 3
+
+
+def test_a_success_is_logged_with_the_time_it_took(stop: Stop) -> None:
+    log = Log()
+    outage = Outage(log, "Watch", steady=45.0, recovered="Watch is back")
+    outage.failed("refused", stop)
+    outage.failed("refused", stop)
+    outage.over()
+    outage.over()
+    assert log.lines[1:] == [(logging.INFO, "Watch is back (after 1m30s)")]
+
+
+def test_after_a_success_everything_starts_anew(stop: Stop) -> None:
+    log = Log()
+    outage = Outage(log, "Watch")
+    for _ in range(5):
+        outage.failed("refused", stop)
+    outage.over()
+    outage.failed("refused", stop)
+    assert [text for _, text in log.lines] == ["Watch: refused"] * 2
+    assert stop.waits[-1] <= FIRST_PAUSE
+
+
+def test_a_success_without_a_failure_is_silent(stop: Stop) -> None:
+    log = Log()
+    Outage(log, "Watch", recovered="Watch is back").over()
+    assert log.lines == []
+    assert stop.waits == []
+
+
+def test_it_says_when_to_stop(stop: Stop) -> None:
+    outage = Outage(Log(), "Watch")
+    stop.set()
+    assert not outage.failed("refused", stop)
