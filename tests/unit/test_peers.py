@@ -274,7 +274,7 @@ def test_entries_follow_the_device_to_its_new_index() -> None:
         result = follow(
             [added(lease(1))],
             link(5, "eth0"),
-            link(LO, "lo", deleted=True),
+            link(6, "lo", deleted=True),
             link(7, "lo"),
             [added(lease(2, mac=1))],
             [removed(lease(1))],

@@ -6,7 +6,9 @@ a little-endian host has them.
 
 import socket
 import struct
+import sys
 from ipaddress import IPv4Address, IPv4Network
+from itertools import islice
 
 import pytest
 from hypothesis import given
@@ -355,6 +357,24 @@ def test_messages_follow_each_other_aligned() -> None:
     odd = wire.HEADER.pack(17, 16, 2, 3, 4) + b"x" + bytes(3)
     data = odd + wire.pack_write(5, ROUTE)
     assert list(wire.split_messages(data)) == [(16, 17, 16, 2, 3, 4), (36, 72, 24, 0x501, 5, 0)]
+
+
+def test_a_length_shorter_than_its_header_ends_the_walk() -> None:
+    for size in range(16):
+        data = size.to_bytes(4, sys.byteorder) + bytes(44)
+        assert list(islice(wire.split_messages(data), 10)) == []
+    for size in range(4):
+        data = size.to_bytes(2, sys.byteorder) + bytes(46)
+        assert list(islice(wire.split_attributes(data, 0, len(data)), 10)) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 5])
+@pytest.mark.parametrize("kind", range(17))
+def test_attributes_of_the_wrong_size_never_raise(kind: int, size: int) -> None:
+    odd = struct.pack("=HH", 4 + size, kind) + b"\1" * size
+    parse_route(route_body() + odd)
+    for family in (2, 7):
+        parse_neighbour(neighbour_body(family, 0x80, 2) + odd)
 
 
 @given(st.binary(max_size=200), st.integers(0, 0xFFFF))
