@@ -43,6 +43,10 @@ class BackendError(FlannelError):
     """The backend is unknown, its keys are wrong, or it cannot work on this host."""
 
 
+class DeviceError(BackendError):
+    """The backend's device cannot be made or mended."""
+
+
 class SubnetFileError(FlannelError):
     """``subnet.env`` cannot be written, or its text is not what flanneld writes."""
 

@@ -112,7 +112,7 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
         config = fetch_config(manager, notifier, stop)
         with _failing_as("Error fetching backend"):
             construct = find_backend(config.backend_type)
-            backend = construct(manager, external, previous.network)
+            backend = construct(manager, external, previous)
         with _failing_as("Error registering network"):
             notifier.status("acquiring a lease")
             network = backend.register_network(config, stop)

@@ -2,11 +2,11 @@
 
 import threading
 from collections.abc import Callable
-from ipaddress import IPv4Network
 from typing import Protocol
 
 from flanneld.interface import ExternalInterface
 from flanneld.subnet.config import Config
+from flanneld.subnet.env import Previous
 from flanneld.subnet.lease import Lease
 from flanneld.subnet.manager import SubnetManager
 
@@ -56,11 +56,12 @@ class Constructor(Protocol):
         self,
         manager: SubnetManager,
         external: ExternalInterface,
-        previous_network: IPv4Network | None,
+        previous: Previous,
     ) -> Backend:
         """Build the backend; nothing is touched yet.
 
-        ``previous_network`` is the Network of this host's former run: what is left of it in the
-        kernel is ours to remove. Raises BackendError if this host cannot run the backend.
+        ``previous`` is what this host's former run wrote into its subnet file: what is left of
+        that in the kernel is ours to remove. Raises BackendError if this host cannot run the
+        backend.
         """
         ...

@@ -8,27 +8,60 @@ import logging
 import os
 import queue
 import select
-import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv4Network
+from typing import Protocol
 
-from flanneld.kernel.netlink import KernelEvent, LinkEvent
+from flanneld.clock import now
+from flanneld.errors import DeviceError
+from flanneld.kernel.netlink import KernelEvent, Overflow
 from flanneld.kernel.reconcile import MANY, Reconciler, Territory
-from flanneld.kernel.state import Entry, Slot
+from flanneld.kernel.state import Entry, Route, Slot
 from flanneld.logs import verbose
 from flanneld.subnet.config import Config
-from flanneld.subnet.lease import Lease
+from flanneld.subnet.lease import BadLease, Lease
 from flanneld.subnet.manager import SubnetManager
 from flanneld.subnet.watch import EventType, LeaseEvent
 
 log = logging.getLogger(__name__)
 
 
-PeerEntries = Callable[[Lease, int], tuple[Entry, ...]]
-"""From a peer's lease and the index of the device to the peer's entries, in the order in which
-they must be written."""
+# Seconds until a device that could not be mended is looked at again, and the least time between
+# two looks when its events come in a storm.
+DEVICE_FAILED, DEVICE_GAP = 1.0, 0.1
+
+
+class PeerDevice(Protocol):
+    """The device through which the peers are reached."""
+
+    @property
+    def name(self) -> str:
+        """The name of the device."""
+        ...
+
+    def is_touched_by(self, event: KernelEvent) -> bool:
+        """Tell whether the event calls for `ensure`."""
+        ...
+
+    def ensure(self) -> bool:
+        """Mend the device if need be. Return whether the entries have to be made anew.
+
+        Raises DeviceError, with what stands in the way.
+        """
+        ...
+
+    def entries(self, lease: Lease) -> tuple[Entry, ...]:
+        """Return what a peer needs in the kernel, in the order in which it must be written.
+
+        A pure function of the lease and the device's indexes. Raises BadLease.
+        """
+        ...
+
+    def territory(self) -> Territory:
+        """Return what is ours to remove."""
+        ...
 
 
 class PeerNetwork:
@@ -41,23 +74,28 @@ class PeerNetwork:
         config: Config,
         lease: Lease,
         mtu: int,
-        device: str,
-        entries: PeerEntries,
-        previous_network: IPv4Network | None,
+        device: PeerDevice,
+        former_subnet: IPv4Network | None,
+        neighbours: bool = False,
     ) -> None:
-        """``device`` is a name; ``previous_network`` the Network of this host's former run."""
+        """``former_subnet`` is this host's subnet in its former run, if known.
+
+        ``neighbours``: the entries comprise neighbours and FDB entries.
+        """
         self.lease = lease
         self.mtu = mtu
         self._manager = manager
         self._config = config
         self._device = device
-        self._entries = entries
-        self._networks = (config.network, previous_network or config.network)
-        self._peers: dict[IPv4Network, Lease] = {}
-        # How many peers want each slot: a host that has two leases has one MAC for both.
+        self._former_subnet = former_subnet
+        self._neighbours = neighbours
+        self._peers: dict[IPv4Network, tuple[Entry, ...]] = {}
+        self._leases: dict[IPv4Network, Lease] = {}
         self._users: Counter[Slot] = Counter()
         self._ignored: dict[IPv4Network, str] = {}
-        self._index = 0
+        self._look_at: float | None = None
+        self._looked_at = 0.0
+        self._trouble = ""
         self._inbox: queue.SimpleQueue[Sequence[LeaseEvent] | BaseException] = queue.SimpleQueue()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -69,7 +107,7 @@ class PeerNetwork:
         """See `Network.run`."""
         log.info("Watching for new subnet leases")
         feeder = threading.Thread(target=self._feed, args=(stop,), name="leases", daemon=True)
-        reconciler = Reconciler()
+        reconciler = Reconciler(neighbours=self._neighbours)
         try:
             feeder.start()
             self._loop(reconciler, stop, synced)
@@ -94,18 +132,30 @@ class PeerNetwork:
         poll.register(reconciler.fileno(), select.POLLIN)
         complete = announced = False
         while not stop.is_set():
-            due = reconciler.due()
-            ready = {fd for fd, _ in poll.poll(None if due is None else due * 1000)}
+            ready = {fd for fd, _ in poll.poll(self._wait(reconciler, complete))}
             if self._bell in ready:
                 os.eventfd_read(self._bell)
                 complete = self._take_batches(reconciler, complete)
             if reconciler.fileno() in ready:
-                self._follow_device(reconciler, reconciler.handle())
-            if complete:
+                self._look_at_device(reconciler.handle())
+            if self._look_at is not None and now() >= self._look_at:
+                anew = self._ensure_device()
+                if anew and complete:
+                    self._set_all(reconciler)
+            # First the device; meanwhile the reconciler remembers what was touched.
+            if complete and self._look_at is None:
                 reconciler.work()
             if reconciler.in_step and not announced:
                 announced = True
                 synced()
+                self._remove_former()
+
+    def _wait(self, reconciler: Reconciler, complete: bool) -> float | None:
+        """Return the milliseconds until there is something to do; None: until an event."""
+        if self._look_at is not None:
+            return max(0.0, self._look_at - now()) * 1000
+        due = reconciler.due() if complete else None
+        return None if due is None else due * 1000
 
     def _take_batches(self, reconciler: Reconciler, complete: bool) -> bool:
         """Apply the batches that have come. Return whether the peers are completely known."""
@@ -120,10 +170,10 @@ class PeerNetwork:
                 reconciler.update(*self._changes(batch))
             else:
                 # The first batch: what is left of a former run and not in it is swept.
-                self._index = self._device_index()
+                complete = True
+                self._ensure_device()
                 self._changes(batch)
                 self._set_all(reconciler)
-                complete = True
 
     def _changes(self, batch: Sequence[LeaseEvent]) -> tuple[list[Entry], list[Slot]]:
         """Note what a batch of events means for the peers, and return it as entries."""
@@ -132,29 +182,45 @@ class PeerNetwork:
         lines = []
         for event in batch:
             lease, subnet = event.lease, event.lease.subnet
-            before = self._peers.pop(subnet, None)
-            for entry in self._entries(before, self._index) if before else ():
+            before = self._peers.pop(subnet, ())
+            self._leases.pop(subnet, None)
+            self._users.subtract(_shareable(before))
+            for entry in before:
                 put.pop(entry.slot, None)
                 drop[entry.slot] = None
-                self._users[entry.slot] -= 1
-            if self._is_peer(event):
-                self._peers[subnet] = lease
-                for entry in self._entries(lease, self._index):
+            entries = self._read_peer(event)
+            if entries:
+                self._peers[subnet], self._leases[subnet] = entries, lease
+                self._users.update(_shareable(entries))
+                for entry in entries:
                     put[entry.slot] = entry
                     drop.pop(entry.slot, None)
-                    self._users[entry.slot] += 1
                 lines.append(f"Subnet added: {subnet} via {lease.attrs.public_ip}")
-            elif before is not None:
+            elif before:
                 lines.append(f"Subnet removed: {subnet}")
         self._log_changes(lines)
-        shared = {slot for slot in drop if self._users[slot]}
-        for entry in self._all_entries() if shared else ():
+        self._keep_shared(put, drop)
+        return list(put.values()), list(drop)
+
+    def _keep_shared(self, put: dict[Slot, Entry], drop: dict[Slot, None]) -> None:
+        """Keep what another peer has in a slot to be dropped.
+
+        A host that got another subnet has two leases with the same MAC until the older one ends.
+        """
+        shared = {slot for slot in drop if self._users[slot] > 0}
+        for slot in drop.keys() - shared:
+            del self._users[slot]
+        if not shared:
+            return
+        for entry in self._entries():
             if entry.slot in shared:
                 put[entry.slot] = entry
                 drop.pop(entry.slot, None)
-        for slot in drop:
-            del self._users[slot]
-        return list(put.values()), list(drop)
+
+    def _entries(self) -> Iterator[Entry]:
+        """Yield the entries of all peers; where two have the same slot, the newer lease's last."""
+        for subnet, _ in sorted(self._leases.items(), key=lambda item: item[1].modified_index):
+            yield from self._peers[subnet]
 
     @staticmethod
     def _log_changes(lines: Sequence[str]) -> None:
@@ -164,40 +230,68 @@ class PeerNetwork:
         for line in lines:
             log.log(level, "%s", line)
 
-    def _is_peer(self, event: LeaseEvent) -> bool:
-        """Tell whether the lease is (now) a peer's with our type; say once if it has another."""
-        subnet, own = event.lease.subnet, self.lease.attrs.backend_type
-        theirs = event.lease.attrs.backend_type
-        if event.type is EventType.REMOVED or theirs == own:
+    def _read_peer(self, event: LeaseEvent) -> tuple[Entry, ...]:
+        """Return what the peer needs; nothing if it is gone or of no use, which is said once."""
+        lease, subnet = event.lease, event.lease.subnet
+        own, theirs = self.lease.attrs.backend_type, lease.attrs.backend_type
+        if event.type is EventType.REMOVED:
             self._ignored.pop(subnet, None)
-            return theirs == own and event.type is EventType.ADDED
-        if self._ignored.get(subnet) != theirs:
-            self._ignored[subnet] = theirs
-            log.warning("Ignoring non-%s subnet(%s): type=%s", own, subnet, theirs)
-        return False
+            return ()
+        if theirs != own:
+            problem = f"Ignoring non-{own} subnet({subnet}): type={theirs}"
+        else:
+            try:
+                entries = self._device.entries(lease)
+            except BadLease as error:
+                problem = f"Ignoring subnet({subnet}) of {lease.attrs.public_ip}: {error}"
+            else:
+                self._ignored.pop(subnet, None)
+                return entries
+        if self._ignored.get(subnet) != problem:
+            self._ignored[subnet] = problem
+            log.warning("%s", problem)
+        return ()
 
     def _set_all(self, reconciler: Reconciler) -> None:
-        entries = list(self._all_entries())
-        self._users = Counter(entry.slot for entry in entries)
-        reconciler.set_all(entries, Territory(self._networks))
+        """Make all entries anew, and compare the kernel with them."""
+        self._peers = {s: self._device.entries(lease) for s, lease in self._leases.items()}
+        self._users = Counter(s for peer in self._peers.values() for s in _shareable(peer))
+        reconciler.set_all(self._entries(), self._device.territory())
 
-    def _all_entries(self) -> Iterator[Entry]:
-        for lease in self._peers.values():
-            yield from self._entries(lease, self._index)
-
-    def _device_index(self) -> int:
-        try:
-            return socket.if_nametoindex(self._device)
-        except OSError:
-            return self._index
-
-    def _follow_device(self, reconciler: Reconciler, events: Sequence[KernelEvent]) -> None:
-        """A device that was deleted and made anew has another index: all entries follow."""
+    def _look_at_device(self, events: Sequence[KernelEvent]) -> None:
+        """Plan a look at the device if an event may mean that it changed."""
         for event in events:
-            if not isinstance(event, LinkEvent) or event.deleted:
-                continue
-            link = event.link
-            if link.name == self._device and self._index not in (0, link.index):
-                log.warning("%s has become another device: moving all routes to it", link.name)
-                self._index = link.index
-                self._set_all(reconciler)
+            if isinstance(event, Overflow) or self._device.is_touched_by(event):
+                self._look_at = max(now(), self._looked_at + DEVICE_GAP)
+
+    def _ensure_device(self) -> bool:
+        """Mend the device. Return whether the entries have to be made anew."""
+        self._looked_at, self._look_at = now(), None
+        try:
+            anew = self._device.ensure()
+        except DeviceError as error:
+            self._look_at = now() + DEVICE_FAILED
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.error("%s (trying again every second)", error)
+            return False
+        if self._trouble:
+            self._trouble = ""
+            log.info("The device %s is in order again", self._device.name)
+        return anew
+
+    def _remove_former(self) -> None:
+        """Remove the vxlan device of a former run with another backend or VNI."""
+        if self._former_subnet is None:
+            return
+        from flanneld.kernel.vxlan import remove_former
+
+        try:
+            remove_former(self._former_subnet.network_address, self._device.name)
+        except DeviceError as error:
+            log.warning("%s", error)
+
+
+def _shareable(entries: Sequence[Entry]) -> Iterator[Slot]:
+    """Yield the slots in which two peers can meet; a route's is the peer's own subnet."""
+    return (entry.slot for entry in entries if not isinstance(entry, Route))

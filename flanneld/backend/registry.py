@@ -13,8 +13,16 @@ def _host_gw() -> Constructor:
     return HostGW
 
 
+def _vxlan() -> Constructor:
+    from flanneld.backend.vxlan import Vxlan
+
+    return Vxlan
+
+
 # Each entry imports its backend only when it is asked for: a host uses one of them.
-BACKENDS: Mapping[str, Callable[[], Constructor]] = MappingProxyType({"host-gw": _host_gw})
+BACKENDS: Mapping[str, Callable[[], Constructor]] = MappingProxyType(
+    {"vxlan": _vxlan, "host-gw": _host_gw}
+)
 
 
 def find_backend(name: str) -> Constructor:

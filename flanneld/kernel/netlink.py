@@ -1,8 +1,10 @@
 """Netlink sockets for what comes in bulk: writing and dumping entries, and watching the kernel."""
 
+import ctypes
 import errno
 import os
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +15,9 @@ from flanneld.kernel.wire import Link
 
 # linux/netlink.h, asm/socket.h
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
-_SO_RCVBUFFORCE = 33
+_SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
+# linux/bpf_common.h: load a word from an offset; jump if equal; return.
+_BPF_LD_W_ABS, _BPF_JEQ_K, _BPF_RET_K = 0x20, 0x15, 0x06
 
 # Bytes in one send; the kernel handles it whole before the call returns.
 _SEND = 32768
@@ -49,8 +53,6 @@ class EntryEvent:
 
     found: Found
     deleted: bool
-    port: int
-    """The netlink port of who did it; 0 for the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,27 @@ class Monitor:
         self._socket = _open(groups, _MONITOR_BUFFER)
         self._socket.setblocking(False)
 
+    def ignore(self, port: int) -> None:
+        """Have the kernel keep back the events which requests from this netlink port cause.
+
+        10,000 peers are 30,000 entries; their echo would overflow the buffer.
+        """
+        # The kernel hands each event to the filter by itself; its header ends with the port, and
+        # BPF loads it as big-endian.
+        number = int.from_bytes(struct.pack("=I", port), "big")
+        program = b"".join(
+            struct.pack("=HBBI", *instruction)
+            for instruction in (
+                (_BPF_LD_W_ABS, 0, 0, 12),
+                (_BPF_JEQ_K, 0, 1, number),
+                (_BPF_RET_K, 0, 0, 0),
+                (_BPF_RET_K, 0, 0, 0xFFFFFFFF),
+            )
+        )
+        memory = ctypes.create_string_buffer(program)
+        argument = struct.pack("@HP", len(program) // 8, ctypes.addressof(memory))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, argument)
+
     def fileno(self) -> int:
         """Return the descriptor, to poll for reading."""
         return self._socket.fileno()
@@ -274,15 +297,15 @@ def _refusal(number: int, words: str) -> Refusal:
 
 def _events(data: bytes) -> list[KernelEvent]:
     events: list[KernelEvent] = []
-    for offset, end, kind, _, _, port in wire.split_messages(data):
+    for offset, end, kind, *_ in wire.split_messages(data):
         if kind in (wire.RTM_NEWROUTE, wire.RTM_DELROUTE):
             found = wire.parse_route(data, offset, end)
             if found is not None:
-                events.append(EntryEvent(found, kind == wire.RTM_DELROUTE, port))
+                events.append(EntryEvent(found, kind == wire.RTM_DELROUTE))
         elif kind in (wire.RTM_NEWNEIGH, wire.RTM_DELNEIGH):
             found = wire.parse_neighbour(data, offset, end)
             if found is not None:
-                events.append(EntryEvent(found, kind == wire.RTM_DELNEIGH, port))
+                events.append(EntryEvent(found, kind == wire.RTM_DELNEIGH))
         elif kind in (wire.RTM_NEWLINK, wire.RTM_DELLINK):
             link = wire.parse_link(data, offset, end)
             if link is not None:

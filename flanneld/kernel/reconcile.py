@@ -25,7 +25,17 @@ from flanneld.kernel.netlink import (
     Overflow,
     Refusal,
 )
-from flanneld.kernel.state import PROTOCOL, Entry, Found, Route, Slot, contains, difference
+from flanneld.kernel.state import (
+    PROTOCOL,
+    PROTOCOL_BOOT,
+    Entry,
+    Found,
+    Neighbour,
+    Route,
+    Slot,
+    contains,
+    difference,
+)
 from flanneld.logs import verbose
 
 log = logging.getLogger(__name__)
@@ -41,6 +51,9 @@ CHECK_FAILED = 1.0
 # never slower than half a second.
 FIRST_GAP, LONGEST_GAP, CALM = 0.02, 0.5, 5.0
 
+# "neighbour table overflow", in the words of errno.
+_TABLE_FULL = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
+
 # From this many entries on, one line says it for all.
 MANY = 10
 
@@ -53,16 +66,17 @@ class Territory:
     """Routes with our protocol number inside these. Other flannelds on this host, with other
     networks, mark their routes alike."""
     device: int = 0
-    """Permanent neighbours and FDB entries of this device (an index; 0: of none)."""
+    """Index of a device of ours (0: none): its permanent neighbours and FDB entries, and the
+    routes through it that the original left, which have the protocol number of ``ip route``."""
 
     def holds(self, found: Found) -> bool:
         """Tell whether an entry is ours."""
         entry = found.entry
-        if isinstance(entry, Route):
-            return found.protocol == PROTOCOL and any(
-                contains(network, entry.dst) for network in self.networks
-            )
-        return entry.oif == self.device and found.plain
+        if not isinstance(entry, Route):
+            return entry.oif == self.device and found.plain
+        if found.protocol == PROTOCOL:
+            return any(contains(network, entry.dst) for network in self.networks)
+        return found.protocol == PROTOCOL_BOOT and entry.oif == self.device != 0
 
 
 class Reconciler:
@@ -80,7 +94,6 @@ class Reconciler:
         # The monitor first: what happens during the first comparison is seen by one of them.
         self._monitor = Monitor(neighbours=neighbours)
         self._requests: EntrySocket | None = None
-        self._port = 0
         self._check_at: float | None = None
         self._gap = FIRST_GAP
         self._repaired_at = now() - CALM
@@ -145,13 +158,10 @@ class Reconciler:
             self._requests.close()
 
     def _entry_event(self, event: EntryEvent) -> None:
-        if event.port == self._port:
-            return
         found = event.found
         slot = found.entry.slot
         if slot in self._wanted and found.in_slot:
-            as_wanted = found.plain and found.entry == self._wanted[slot]
-            if event.deleted or not as_wanted or not self._territory.holds(found):
+            if event.deleted or not found.is_written_as(self._wanted[slot]):
                 self._touched[slot] = None
         elif not event.deleted and self._territory.holds(found):
             self._check_soon()
@@ -208,9 +218,11 @@ class Reconciler:
     def _find(self) -> list[Found]:
         requests = self._socket()
         found = requests.routes(PROTOCOL)
-        if self._territory.device:
-            found += requests.neighbours(self._territory.device)
-            found += requests.fdb(self._territory.device)
+        device = self._territory.device
+        if device:
+            found += [r for r in requests.routes(PROTOCOL_BOOT) if r.entry.oif == device]
+            found += requests.neighbours(device)
+            found += requests.fdb(device)
         return found
 
     def _apply(self, write: Sequence[Entry], delete: Sequence[Found]) -> bool:
@@ -252,6 +264,12 @@ class Reconciler:
                 if self._wanted.get(entry.slot) == entry
             }
         _log_many("Error adding %s", [f"{e}: {refused[e]}" for e in fresh], logging.ERROR)
+        if any(isinstance(e, Neighbour) and refused[e].number in _TABLE_FULL for e in fresh):
+            log.error(
+                "The kernel's neighbour table is full: set the sysctl"
+                " net.ipv4.neigh.default.gc_thresh3 to %d or more",
+                2 * sum(isinstance(entry, Neighbour) for entry in self._wanted.values()) + 1024,
+            )
         self._log_recovered(recovered)
         if self._refused:
             retry = now() + CHECK_REFUSED
@@ -264,9 +282,10 @@ class Reconciler:
         _log_many("Recovered %s", [str(e) for e in entries if not isinstance(e, Route)])
 
     def _socket(self) -> EntrySocket:
+        """Return the socket for requests; events which these cause are no news."""
         if self._requests is None:
             self._requests = EntrySocket()
-            self._port = self._requests.port
+            self._monitor.ignore(self._requests.port)
         return self._requests
 
     def _failed(self, error: OSError) -> None:

@@ -14,6 +14,9 @@ from ipaddress import IPv4Address, IPv4Network
 # Marks our routes (`ip route show proto 102`). Not assigned in iproute2's rt_protos up to 6.12.
 PROTOCOL = 102
 
+# What the original's routes carry, as all those that are added without a protocol (RTPROT_BOOT).
+PROTOCOL_BOOT = 3
+
 Slot = Hashable
 
 
@@ -34,7 +37,7 @@ class Route:
         return self.dst
 
     def __str__(self) -> str:
-        return f"route to {self.dst} via {self.via}"
+        return f"route to {self.dst}" + (f" via {self.via}" if int(self.via) else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,11 @@ class Found:
         """Whether it stands where an entry of ours would."""
         return self.metric == 0
 
+    def is_written_as(self, entry: Entry) -> bool:
+        """Tell whether this is the entry just as we would write it."""
+        marked = self.protocol == PROTOCOL or not isinstance(entry, Route)
+        return marked and self.plain and self.entry == entry
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -119,7 +127,7 @@ def difference(
         slot = item.entry.slot
         if item.in_slot and slot in wanted:
             # Anything else in the slot is replaced by the write, in one step.
-            if item.plain and item.entry == wanted[slot] and ours(item):
+            if item.is_written_as(wanted[slot]):
                 present.add(slot)
         elif ours(item):
             delete.append(item)
