@@ -39,6 +39,10 @@ class ConfigError(FlannelError):
     """The network config in the store is missing or invalid. Retried: it may be mended there."""
 
 
+class ConfigChanged(FlannelError):
+    """The network config is another by now: the start-up begins again with it."""
+
+
 class BackendError(FlannelError):
     """The backend is unknown, its keys are wrong, or it cannot work on this host."""
 

@@ -22,6 +22,12 @@ from typing import TextIO
 
 from flanneld.flags import NO_BACKTRACE, backtrace_location, vmodule_levels
 
+# Characters of a message; what is longer comes from outside.
+LONGEST = 2000
+
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_ESCAPES |= {ord(c): repr(c)[1:-1] for c in "\n\r\t\u2028\u2029"}
+
 # Libraries that log by themselves, and the least level worth a line of ours. python-etcd reports
 # every failed request as an error, though the caller gets an exception for it as well.
 LIBRARIES: Mapping[str, int] = {
@@ -126,10 +132,15 @@ def _letter(levelno: int) -> str:
 
 
 def _message(record: logging.LogRecord) -> str:
+    """Return the message on one line: a text from etcd must not look like a line of ours."""
     try:
-        return record.getMessage()
+        message = record.getMessage()
     except Exception:  # noqa: BLE001 - a record with wrong arguments is still worth its line
-        return f"{record.msg} {record.args!r}"
+        message = f"{record.msg} {record.args!r}"
+    message = message.removesuffix("\n")
+    if len(message) > LONGEST:
+        message = f"{message[:LONGEST]}... ({len(message)} characters)"
+    return message if message.isprintable() else message.translate(_ESCAPES)
 
 
 def _frame_of(record: logging.LogRecord) -> FrameType | None:

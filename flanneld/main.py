@@ -1,21 +1,19 @@
 """The daemon from start to end: read `run` from top to bottom."""
 
 import logging
-import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
 
-from flanneld import __version__, flags, logs
+from flanneld import __version__, flags, logs, signals
 from flanneld.backend.base import Network
 from flanneld.backend.registry import find_backend
 from flanneld.errors import (
+    ConfigChanged,
     ConfigError,
     FlannelError,
+    InterfaceError,
     LeaseLost,
     StartError,
     Stopped,
@@ -26,8 +24,10 @@ from flanneld.flags import HelpRequested, Options, Parsed
 from flanneld.interface import ExternalInterface, SelectionError, look_up
 from flanneld.notify import Notifier
 from flanneld.retry import Outage
+from flanneld.signals import Terminated, kept_in_this_thread
 from flanneld.subnet import env
 from flanneld.subnet.config import Config
+from flanneld.subnet.lease import unusable_public_ip
 from flanneld.subnet.local_manager import LocalManager
 from flanneld.subnet.manager import SubnetManager
 from flanneld.subnet.monitor import LeaseMonitor
@@ -37,23 +37,8 @@ log = logging.getLogger(__name__)
 # Seconds between two looks for the network config; the original's.
 CONFIG_PAUSE = 1.0
 
-ENDING = (signal.SIGTERM, signal.SIGINT)
-
 # Seconds the threads have to end; the store's requests are cut, so they need milliseconds.
 GRACE = 1.0
-
-
-class Terminated(BaseException):
-    """A signal asks the daemon to end.
-
-    Raised in the main thread wherever it is, also inside a blocked call. Not an Exception, so
-    that no library can take it for one of its own failures.
-    """
-
-
-def console() -> NoReturn:
-    """Run as a program."""
-    sys.exit(main(sys.argv[1:], os.environ))
 
 
 def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
@@ -71,19 +56,22 @@ def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
         sys.stderr.write(f"v{__version__}\n")
         return 0
     logs.setup(options.v, options.vmodule, options.log_backtrace_at)
-    return serve(parsed, Notifier(environ))
+    notifier = Notifier(environ)
+    try:
+        signals.install(notifier.stopping)
+        return serve(parsed, notifier)
+    except Terminated:
+        return 0
 
 
 def serve(parsed: Parsed, notifier: Notifier) -> int:
     """Run the daemon with these options; log what ends it. Return the exit status."""
-    stop = threading.Event()
     try:
-        _install_signal_handlers(stop)
         for warning in parsed.warnings:
             log.warning("%s", warning)
         flags.check(parsed.options)
-        run(parsed.options, notifier, stop)
-    except (Terminated, Stopped):
+        run(parsed.options, notifier, threading.Event())
+    except Stopped:
         pass
     except LeaseLost as error:
         log.error("Lease has been revoked. Shutting down daemon. (%s)", error)
@@ -109,13 +97,7 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
     try:
         if options.healthz_port > 0:
             start_healthz(options)
-        config = fetch_config(manager, notifier, stop)
-        with _failing_as("Error fetching backend"):
-            construct = find_backend(config.backend_type)
-            backend = construct(manager, external, previous)
-        with _failing_as("Error registering network"):
-            notifier.status("acquiring a lease")
-            network = backend.register_network(config, stop)
+        config, network = register(manager, external, previous, notifier, stop)
         write_subnet_file(options, config, network)
         keep_running(options, manager, network, notifier, stop)
     finally:
@@ -123,6 +105,27 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
         stop.set()
         manager.close()
         log.info("Exiting...")
+
+
+def register(
+    manager: SubnetManager,
+    external: ExternalInterface,
+    previous: env.Previous,
+    notifier: Notifier,
+    stop: threading.Event,
+) -> tuple[Config, Network]:
+    """Fetch the config, pick its backend, and lease a subnet; waits for what is not there yet."""
+    while True:
+        config = fetch_config(manager, notifier, stop)
+        with _failing_as("Error fetching backend"):
+            construct = find_backend(config.backend_type)
+            backend = construct(manager, external, previous)
+        notifier.status("acquiring a lease")
+        try:
+            with _failing_as("Error registering network"):
+                return config, backend.register_network(config, stop)
+        except ConfigChanged as change:
+            log.warning("%s: beginning again", change)
 
 
 def choose_interface(options: Options) -> ExternalInterface:
@@ -138,6 +141,13 @@ def choose_interface(options: Options) -> ExternalInterface:
         raise
     for line in selection.log:
         log.info("%s", line)
+    address = selection.interface.ext_addr
+    problem = unusable_public_ip(address)
+    if problem is not None:
+        raise InterfaceError(
+            f"the other hosts cannot reach this one at {address}, which {problem}: choose another"
+            " address with --iface or --public-ip"
+        )
     return selection.interface
 
 
@@ -162,7 +172,7 @@ def start_healthz(options: Options) -> None:
     from flanneld.healthz import start_health_server
 
     log.info("Start healthz server on %s:%d", options.healthz_ip, options.healthz_port)
-    with _signals_kept_here():
+    with kept_in_this_thread():
         start_health_server(options.healthz_ip, options.healthz_port)
 
 
@@ -208,13 +218,12 @@ def keep_running(
         notifier.status(f"leased {subnet}, following the other hosts")
 
     notifier.status(f"leased {subnet}, waiting for the other hosts' leases")
-    with _signals_kept_here():
-        threads = [
-            _start("backend", lambda: network.run(stop, synced), monitor.fail),
-            _start("own lease", lambda: monitor.feed(stop), monitor.fail),
-        ]
-    log.info("Finished starting backend.")
+    threads: list[threading.Thread] = []
     try:
+        with kept_in_this_thread():
+            threads.append(_start("backend", lambda: network.run(stop, synced), monitor.fail))
+            threads.append(_start("own lease", lambda: monitor.feed(stop), monitor.fail))
+        log.info("Finished starting backend.")
         monitor.run(stop)
     finally:
         log.info("Stopped monitoring lease")
@@ -242,43 +251,11 @@ def _start(
 
 
 @contextmanager
-def _signals_kept_here() -> Iterator[None]:
-    """Threads that are started within, and theirs, leave the ending signals to this thread.
-
-    Python runs handlers in the main thread, but a signal that the kernel gives to another one
-    (it may, after SIGCONT) does not wake the main thread from a blocked call.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
 def _failing_as(what: str) -> Iterator[None]:
     """Put the original's words for the step before the error's text."""
     try:
         yield
-    except Stopped:
+    except (Stopped, ConfigChanged):
         raise
     except FlannelError as error:
         raise StartError(f"{what}: {error}") from error
-
-
-def _install_signal_handlers(stop: threading.Event) -> None:
-    """SIGTERM and SIGINT end the daemon in order, a second one at once."""
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        for other in ENDING:
-            signal.signal(other, signal.SIG_DFL)
-        log.info("Starting shutdown...")
-        # Where an exception would be lost (in a destructor), the event still is seen.
-        stop.set()
-        raise Terminated
-
-    for number in ENDING:
-        signal.signal(number, handle)
-    # As the original: these do not end a daemon that nobody taught to react to them.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

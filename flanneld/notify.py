@@ -3,16 +3,21 @@
 from collections.abc import MutableMapping
 from typing import Any
 
+# Seconds for a service manager that does not read.
+READY_PATIENCE = 2.0
+
 
 class Notifier:
     """Talks to the service manager, or to nobody if there is none. Safe for several threads.
 
-    Never blocks and never fails: the daemon does not depend on who listens.
+    Never fails, and does not block but for a moment in `ready`: the daemon does not depend on who
+    listens.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         """Take NOTIFY_SOCKET out of ``environ``, so that no child process can speak for us."""
         self._notifier: Any = None
+        self._status = ""
         if environ.get("NOTIFY_SOCKET"):
             # Without the variable sdnotify would leave a socket open for nothing.
             import sdnotify
@@ -21,17 +26,25 @@ class Notifier:
             if self._notifier.socket is not None:
                 # Its queue holds a dozen messages; a service manager that hangs must not stop us.
                 self._notifier.socket.setblocking(False)
-            environ.pop("NOTIFY_SOCKET")
+        environ.pop("NOTIFY_SOCKET", None)
 
     def ready(self) -> None:
-        """Say that the subnet file and the first peers are in place."""
-        self._send("READY=1")
+        """Say that the subnet file and the first peers are in place.
+
+        This message alone is worth waiting for: without it the unit's start fails.
+        """
+        if self._notifier is not None and self._notifier.socket is not None:
+            self._notifier.socket.settimeout(READY_PATIENCE)
+            self._send("READY=1")
+            self._notifier.socket.setblocking(False)
 
     def status(self, text: str) -> None:
         """Show one line in ``systemctl status``."""
         # sdnotify encodes Latin-1, systemd wants UTF-8: ASCII is both.
         line = text.encode("ascii", "replace").decode().replace("\n", " ")
-        self._send(f"STATUS={line}")
+        if line != self._status:
+            self._status = line
+            self._send(f"STATUS={line}")
 
     def stopping(self) -> None:
         """Say that the daemon is on its way out."""

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 import threading
 from collections.abc import Callable
 
@@ -11,6 +12,10 @@ from flanneld.logs import go_duration
 # Seconds. The cap is what an operator waits at most after the store is healthy again.
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 3.0
+
+# Seconds of success that end an outage for good: a server that answers the first request and fails
+# the second, over and over, gets neither a log line nor a request for each.
+CALM = 10.0
 
 # Seconds after which a failure that stays the same is logged once more.
 REPEAT = 60.0
@@ -37,7 +42,9 @@ class Outage:
         self._steady = steady
         self._recovered = recovered
         self._since: float | None = None
-        self._reason = ""
+        self._over_at = -CALM
+        self._said = False
+        self._reason: frozenset[str] | None = None
         self._logged = 0.0
         self._pause = FIRST_PAUSE
 
@@ -46,17 +53,22 @@ class Outage:
         text, time = str(reason), now()
         if self._since is None:
             self._since = time
-        if text != self._reason or time - self._logged >= REPEAT:
+            if time - self._over_at >= CALM:
+                self._reason, self._pause = None, FIRST_PAUSE
+        essence = _essence(text)
+        if essence != self._reason or time - self._logged >= REPEAT:
             self._log(level, f"{self._message}: {text}")
-            self._reason, self._logged = text, time
+            self._reason, self._logged, self._said = essence, time, True
         return not stop.wait(self._next_pause())
 
     def over(self) -> None:
         """Take note of a success."""
-        if self._since is not None and self._recovered:
+        if self._since is None:
+            return
+        if self._said and self._recovered:
             away = go_duration(round(now() - self._since) * 1_000_000_000)
             self._log(logging.INFO, f"{self._recovered} (after {away})")
-        self._since, self._reason, self._pause = None, "", FIRST_PAUSE
+        self._since, self._said, self._over_at = None, False, now()
 
     def _next_pause(self) -> float:
         if self._steady is not None:
@@ -65,3 +77,9 @@ class Outage:
         self._pause = min(pause * 2, LONGEST_PAUSE)
         # Half of it at random: hosts that lost the same store do not come back in step.
         return pause * random.uniform(0.5, 1.0)  # noqa: S311 - no secret depends on it
+
+
+def _essence(reason: str) -> frozenset[str]:
+    """Return what makes two reasons the same: neither etcd's index nor the order of endpoints."""
+    without_index = re.sub(r" \[\d+\]", "", reason)
+    return frozenset(re.split(r"; error #\d+: ", without_index))

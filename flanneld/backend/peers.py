@@ -93,6 +93,8 @@ class PeerNetwork:
         self._leases: dict[IPv4Network, Lease] = {}
         self._users: Counter[Slot] = Counter()
         self._ignored: dict[IPv4Network, str] = {}
+        self._placed = False
+        """All entries have been made, for a device that was there."""
         self._look_at: float | None = None
         self._looked_at = 0.0
         self._trouble = ""
@@ -107,7 +109,12 @@ class PeerNetwork:
         """See `Network.run`."""
         log.info("Watching for new subnet leases")
         feeder = threading.Thread(target=self._feed, args=(stop,), name="leases", daemon=True)
-        reconciler = Reconciler(neighbours=self._neighbours)
+        try:
+            reconciler = Reconciler(neighbours=self._neighbours)
+        except OSError as error:
+            raise DeviceError(
+                f"cannot listen to the kernel: {error.strerror} (is AF_NETLINK allowed?)"
+            ) from error
         try:
             feeder.start()
             self._loop(reconciler, stop, synced)
@@ -166,14 +173,15 @@ class PeerNetwork:
                 return complete
             if isinstance(batch, BaseException):
                 raise batch
-            if complete:
-                reconciler.update(*self._changes(batch))
-            else:
-                # The first batch: what is left of a former run and not in it is swept.
-                complete = True
+            if not complete:
                 self._ensure_device()
-                self._changes(batch)
+            put, drop = self._changes(batch)
+            if self._placed:
+                reconciler.update(put, drop)
+            elif self._look_at is None:
+                # The first time: what is left of a former run and not wanted is swept.
                 self._set_all(reconciler)
+            complete = True
 
     def _changes(self, batch: Sequence[LeaseEvent]) -> tuple[list[Entry], list[Slot]]:
         """Note what a batch of events means for the peers, and return it as entries."""
@@ -257,6 +265,7 @@ class PeerNetwork:
         self._peers = {s: self._device.entries(lease) for s, lease in self._leases.items()}
         self._users = Counter(s for peer in self._peers.values() for s in _shareable(peer))
         reconciler.set_all(self._entries(), self._device.territory())
+        self._placed = True
 
     def _look_at_device(self, events: Sequence[KernelEvent]) -> None:
         """Plan a look at the device if an event may mean that it changed."""

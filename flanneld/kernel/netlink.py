@@ -29,6 +29,9 @@ _GONE = frozenset({errno.ESRCH, errno.ENOENT})
 # A dump that was disturbed by a change is taken again; the last one is used as it is.
 _DUMP_TRIES = 4
 
+# Messages read at one go from the monitor, so that others get their turn in a storm of events.
+_READS = 256
+
 # Bytes. Refusals of a whole send (1 KiB each, as the kernel counts), and a burst of 10,000 events.
 _REQUEST_BUFFER = 4 << 20
 _MONITOR_BUFFER = 8 << 20
@@ -98,14 +101,19 @@ class EntrySocket:
         self._seq = 0
 
     def apply(
-        self, write: Sequence[Entry], delete: Sequence[Found]
+        self,
+        write: Sequence[Entry],
+        delete: Sequence[Found],
+        may_replace: Callable[[Entry], bool] = lambda _: True,
     ) -> tuple[dict[Entry, Refusal], dict[Found, Refusal]]:
         """Add or replace the first, then delete exactly the second, as one batch.
+
+        Where ``may_replace`` is false, an entry is refused (EEXIST) if its slot is not empty.
 
         Return what was refused of each, and why. That something is gone already is no refusal.
         """
         refused = self._batch(
-            [partial(wire.pack_write, entry=entry) for entry in write]
+            [partial(wire.pack_write, entry=e, replace=may_replace(e)) for e in write]
             + [partial(wire.pack_delete, found=found) for found in delete]
         )
         count = len(write)
@@ -254,19 +262,20 @@ class Monitor:
         return self._socket.fileno()
 
     def read(self) -> list[KernelEvent]:
-        """Return the events there are, without waiting; `Overflow` where some were lost."""
+        """Return events there are, without waiting; `Overflow` where some were lost."""
         events: list[KernelEvent] = []
-        while True:
+        for _ in range(_READS):
             try:
                 data = self._socket.recv(_RECEIVE)
             except BlockingIOError:
-                return events
+                break
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
                 events.append(Overflow())
                 continue
             events += _events(data)
+        return events
 
     def close(self) -> None:
         """Close the socket."""

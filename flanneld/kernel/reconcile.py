@@ -89,6 +89,8 @@ class Reconciler:
         """
         self._territory = Territory(())
         self._wanted: dict[Slot, Entry] = {}
+        # The slots in which ours stood when we last looked.
+        self._ours: set[Slot] = set()
         self._touched: dict[Slot, None] = {}
         self._refused: dict[Entry, str] = {}
         # The monitor first: what happens during the first comparison is seen by one of them.
@@ -98,6 +100,7 @@ class Reconciler:
         self._gap = FIRST_GAP
         self._repaired_at = now() - CALM
         self._trouble = ""
+        self._look_wide = True
         self.in_step = False
         """A comparison has succeeded."""
 
@@ -109,6 +112,7 @@ class Reconciler:
         """Want exactly these entries, and compare with the kernel at once."""
         self._territory = territory
         self._wanted = {entry.slot: entry for entry in entries}
+        self._ours &= self._wanted.keys()
         self._check()
 
     def update(self, put: Sequence[Entry], drop: Iterable[Slot]) -> None:
@@ -117,6 +121,7 @@ class Reconciler:
         self._wanted.update((entry.slot, entry) for entry in put)
         # What is wanted again has been replaced in its slot.
         gone = [entry for entry in gone if entry.slot not in self._wanted]
+        self._ours.difference_update(entry.slot for entry in gone)
         self._apply(put, [Found(entry, PROTOCOL) for entry in gone])
 
     def handle(self) -> list[KernelEvent]:
@@ -133,6 +138,7 @@ class Reconciler:
                     self._device_event(index in devices)
                 case Overflow():
                     log.warning("Kernel events were lost: comparing everything")
+                    self._look_wide = True
                     self._check_soon()
         return events
 
@@ -200,7 +206,9 @@ class Reconciler:
         except OSError as error:
             self._failed(error)
             return
+        self._look_wide = False
         changes = difference(self._wanted, found, self._territory.holds)
+        self._ours.update(self._wanted.keys() - {entry.slot for entry in changes.write})
         tried_before = set(self._refused)
         if changes.write or changes.delete:
             self._slow_down(now())
@@ -216,11 +224,15 @@ class Reconciler:
         self.in_step = True
 
     def _find(self) -> list[Found]:
-        requests = self._socket()
-        found = requests.routes(PROTOCOL)
-        device = self._territory.device
+        """Return the entries to compare with; of others' routes only when there may be news."""
+        requests, device = self._socket(), self._territory.device
+        if self._look_wide:
+            found = requests.routes(0)
+        else:
+            found = requests.routes(PROTOCOL)
+            if device:
+                found += [r for r in requests.routes(PROTOCOL_BOOT) if r.entry.oif == device]
         if device:
-            found += [r for r in requests.routes(PROTOCOL_BOOT) if r.entry.oif == device]
             found += requests.neighbours(device)
             found += requests.fdb(device)
         return found
@@ -228,10 +240,13 @@ class Reconciler:
     def _apply(self, write: Sequence[Entry], delete: Sequence[Found]) -> bool:
         """Write and delete in one batch. Return False if the kernel could not be asked."""
         try:
-            refused, kept = self._socket().apply(write, delete)
-            for entry in [e for e, why in refused.items() if why.number == errno.EEXIST]:
-                del refused[entry]
-                refused |= self._clear_slot(entry)
+            refused, kept = self._socket().apply(write, delete, self._may_replace)
+            taken = [entry for entry, why in refused.items() if why.number == errno.EEXIST]
+            if taken:
+                refused = {e: why for e, why in refused.items() if why.number != errno.EEXIST}
+                refused |= self._settle(taken)
+            self._ours.update(entry.slot for entry in write if entry not in refused)
+            self._drop_outdated([entry for entry in refused if entry.slot in self._ours])
         except OSError as error:
             self._failed(error)
             return False
@@ -240,16 +255,55 @@ class Reconciler:
         self._note_refusals(write, refused)
         return True
 
-    def _clear_slot(self, entry: Entry) -> dict[Entry, Refusal]:
-        """Write an entry that is there, but behind another route that somebody put before it."""
-        others = [
+    def _may_replace(self, entry: Entry) -> bool:
+        """Tell whether the slot is ours already: what others put into it gives way."""
+        return not isinstance(entry, Route) or entry.slot in self._ours
+
+    def _settle(self, entries: Sequence[Entry]) -> dict[Entry, Refusal]:
+        """Write entries into slots in which there is something that may have to stay.
+
+        A route of ours, or one that the original left, gives way. The kernel's own route to a
+        bridge and anybody else's do not: without them the host might lose more than one peer.
+        """
+        slots = {entry.slot for entry in entries}
+        others: dict[Slot, list[Found]] = {}
+        for item in self._socket().routes(0):
+            if item.in_slot and item.entry.slot in slots:
+                others.setdefault(item.entry.slot, []).append(item)
+        refused: dict[Entry, Refusal] = {}
+        free: list[Entry] = []
+        behind: list[Found] = []
+        for entry in entries:
+            found = [r for r in others.get(entry.slot, []) if not r.is_written_as(entry)]
+            fixed = next((item for item in found if not item.may_be_replaced), None)
+            if fixed is not None:
+                why = f"in the way is {fixed.entry} (protocol {fixed.protocol})"
+                refused[entry] = Refusal(errno.EEXIST, why)
+                continue
+            free.append(entry)
+            if len(found) < len(others.get(entry.slot, [])):
+                behind += found  # ours is there, too: the others have been put before it
+        refused |= self._socket().apply(free, behind)[0]
+        return {
+            entry: why
+            for entry, why in refused.items()
+            # Ours was there already, and is the first now.
+            if why.number != errno.EEXIST or entry not in free
+        }
+
+    def _drop_outdated(self, refused: Sequence[Entry]) -> None:
+        """What we wrote before, and the kernel does not let us replace, must not stay either."""
+        slots = {entry.slot for entry in refused if self._refused.get(entry) is None}
+        if not slots:
+            return
+        outdated = [
             item
-            for item in self._socket().routes(0)
-            if item.in_slot and item.entry.slot == entry.slot and not self._territory.holds(item)
+            for item in self._find()
+            if item.entry.slot in slots
+            and self._territory.holds(item)
+            and not item.is_written_as(self._wanted[item.entry.slot])
         ]
-        log.warning("Removing %d other routes from before our %s", len(others), entry)
-        self._socket().apply([], others)
-        return self._socket().apply([entry], [])[0]
+        self._socket().apply([], outdated)
 
     def _note_refusals(self, tried: Sequence[Entry], refused: dict[Entry, Refusal]) -> None:
         fresh = [e for e, why in refused.items() if self._refused.get(e) != str(why)]

@@ -2,9 +2,9 @@
 
 An `Entry` is a route, a neighbour or an FDB entry. Each has a slot, the key by which the kernel
 tells it from others: a route its destination (in the main table, with metric 0 and TOS 0), a
-neighbour its address and device, an FDB entry its MAC and device. The slot of an entry we want is
-ours: whatever else stands there is replaced. Outside of these slots only what is marked as ours
-is touched.
+neighbour its address and device, an FDB entry its MAC and device. A slot in which ours stands is
+ours: what somebody puts there instead is replaced. Where something else stood before us, only what
+we or the original wrote gives way. Outside of these slots only what is marked as ours is touched.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -89,6 +89,8 @@ class Found:
     """Of a route; `PROTOCOL` marks ours."""
     metric: int = 0
     """Of a route."""
+    tos: int = 0
+    """Of a route."""
     plain: bool = True
     """Nothing about it that ours lack: a route has one next hop and no TOS, source or metrics; a
     neighbour or FDB entry is permanent."""
@@ -96,7 +98,18 @@ class Found:
     @property
     def in_slot(self) -> bool:
         """Whether it stands where an entry of ours would."""
-        return self.metric == 0
+        return self.metric == self.tos == 0
+
+    @property
+    def may_be_replaced(self) -> bool:
+        """Whether it may give way where we had nothing yet: ours, or one as the original's.
+
+        Not the kernel's own route to a bridge, nor anybody else's.
+        """
+        entry = self.entry
+        if not isinstance(entry, Route) or self.protocol == PROTOCOL:
+            return True
+        return self.protocol == PROTOCOL_BOOT and int(entry.via) != 0
 
     def is_written_as(self, entry: Entry) -> bool:
         """Tell whether this is the entry just as we would write it."""
@@ -121,17 +134,20 @@ def difference(
     ``ours`` says whether a found entry that is not wanted is ours to remove. Applying the result
     and comparing again gives nothing to do.
     """
-    present: set[Slot] = set()
+    first: dict[Slot, Found] = {}
     delete = []
     for item in found:
         slot = item.entry.slot
         if item.in_slot and slot in wanted:
-            # Anything else in the slot is replaced by the write, in one step.
-            if item.is_written_as(wanted[slot]):
-                present.add(slot)
+            # Of several routes in a slot the first counts; it is replaced by the write.
+            first.setdefault(slot, item)
         elif ours(item):
             delete.append(item)
-    write = tuple(entry for slot, entry in wanted.items() if slot not in present)
+    write = tuple(
+        entry
+        for slot, entry in wanted.items()
+        if slot not in first or not first[slot].is_written_as(entry)
+    )
     return Difference(write, tuple(delete))
 
 

@@ -20,7 +20,7 @@ RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
-NLM_F_REPLACE, NLM_F_DUMP, NLM_F_CREATE = 0x100, 0x300, 0x400
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_DUMP, NLM_F_CREATE = 0x100, 0x200, 0x300, 0x400
 NLM_F_ACK_TLVS = 0x200
 
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_CACHEINFO, RTA_TABLE = 1, 4, 5, 6, 12, 15
@@ -60,9 +60,12 @@ class Link:
     up: bool
 
 
-def pack_write(seq: int, entry: Entry) -> bytes:
-    """Return the message that adds an entry, or replaces what is in its slot."""
-    flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
+def pack_write(seq: int, entry: Entry, *, replace: bool = True) -> bytes:
+    """Return the message that adds an entry, or replaces what is in its slot.
+
+    Without ``replace`` the kernel refuses (EEXIST) where there is something.
+    """
+    flags = NLM_F_REQUEST | NLM_F_CREATE | (NLM_F_REPLACE if replace else NLM_F_EXCL)
     if not isinstance(entry, Route):
         return _pack_neighbour(RTM_NEWNEIGH, flags, seq, entry)
     return _ROUTE.pack(
@@ -89,7 +92,7 @@ def pack_delete(seq: int, found: Found) -> bytes:
     if found.metric:
         attributes += _U32_ATTRIBUTE.pack(8, RTA_PRIORITY, found.metric)
     body = _RTMSG.pack(
-        *(socket.AF_INET, entry.dst.prefixlen, 0, 0),
+        *(socket.AF_INET, entry.dst.prefixlen, 0, found.tos),
         *(RT_TABLE_MAIN, found.protocol, RT_SCOPE_NOWHERE, 0, 0),
     )
     size = HEADER.size + len(body) + len(attributes)
@@ -137,7 +140,7 @@ def parse_route(data: bytes, offset: int, end: int) -> Found | None:
     family, dst_len, _, tos, table, protocol, _, kind, flags = _RTMSG.unpack_from(data, offset)
     if family != socket.AF_INET or dst_len > 32:
         return None
-    dst, via, oif, metric, plain = 0, 0, 0, 0, kind == RTN_UNICAST and tos == 0
+    dst, via, oif, metric, plain = 0, 0, 0, 0, kind == RTN_UNICAST
     for attribute, start, size in split_attributes(data, offset + _RTMSG.size, end):
         if attribute == RTA_TABLE and size == 4:
             table = _U32.unpack_from(data, start)[0]
@@ -158,7 +161,7 @@ def parse_route(data: bytes, offset: int, end: int) -> Found | None:
     except ValueError:
         return None
     route = Route(network, IPv4Address(via), oif, bool(flags & RTNH_F_ONLINK))
-    return Found(route, protocol, metric, plain)
+    return Found(route, protocol, metric, tos, plain)
 
 
 def parse_neighbour(data: bytes, offset: int, end: int) -> Found | None:

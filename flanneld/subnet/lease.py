@@ -149,18 +149,24 @@ def _public_ip(member: gojson.Member) -> IPv4Address:
         address = IPv4Address(member.value)
     except ValueError:
         raise BadLease(f"PublicIP {gojson.shown(member.raw)} is no IPv4 address") from None
+    problem = unusable_public_ip(address)
+    if problem is not None:
+        raise BadLease(f"PublicIP {address} {problem}")
+    return address
+
+
+def unusable_public_ip(address: IPv4Address) -> str | None:
+    """Why no host can be reached at ``address`` from others; ``None`` if one can."""
     match address.packed[0]:
         case 0:
-            wrong = "is unspecified"
+            return "is unspecified"
         case 127:
-            wrong = "is a loopback address"
+            return "is a loopback address"
         case first if 224 <= first < 240:
-            wrong = "is a multicast address"
+            return "is a multicast address"
         case first if first >= 240:
-            wrong = "is a reserved or broadcast address"
-        case _:
-            return address
-    raise BadLease(f"PublicIP {address} {wrong}")
+            return "is a reserved or broadcast address"
+    return None
 
 
 def parse_lease(name: str, value: str, ttl: int | None, modified_index: int) -> Lease:

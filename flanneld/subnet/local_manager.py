@@ -4,6 +4,7 @@ The store only keeps keys and compares indexes; who may take what is decided her
 `allocate`. Log lines keep the original's wording, which people search for.
 """
 
+import contextlib
 import logging
 import random
 import threading
@@ -14,12 +15,14 @@ from ipaddress import IPv4Network
 from flanneld.clock import now
 from flanneld.errors import (
     CompareFailed,
+    ConfigChanged,
     HistoryCleared,
     KeyNotFound,
     LeaseLost,
     OutOfSubnets,
     Stopped,
     StoreError,
+    StoreUnavailable,
 )
 from flanneld.logs import verbose
 from flanneld.retry import Outage
@@ -92,6 +95,7 @@ class LocalManager:
                 lease = self._acquire_round(config, attrs, said)
             except OutOfSubnets as error:
                 full.failed(error, stop)
+                self._check_config_is_the_same()
             except (CompareFailed, KeyNotFound):
                 # Somebody was faster. A moment at random, so that the next round is not a draw.
                 stop.wait(self._random.uniform(0, 0.05))
@@ -101,6 +105,12 @@ class LocalManager:
                 if lease is not None:
                     return lease
         raise Stopped
+
+    def _check_config_is_the_same(self) -> None:
+        """Raise ConfigChanged if waiting any longer with this config is in vain."""
+        with contextlib.suppress(StoreError):
+            if self._store.read_config() != self._config_text:
+                raise ConfigChanged("the network config has changed in the store")
 
     def _acquire_round(self, config: Config, attrs: LeaseAttrs, said: set[str]) -> Lease | None:
         leases, taken, notes = _read_leases(self._store.snapshot())
@@ -237,6 +247,10 @@ class LocalManager:
             text = self._store.read_config()
         except KeyNotFound:
             text = ""
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            text = f"unreadable: {error}"
         if text != self._config_text:
             self._config_text = text
             log.warning("The network config has changed in the store: restart flanneld to use it")

@@ -51,7 +51,8 @@ class SubnetManager(Protocol):
     def acquire_lease(self, config: Config, attrs: LeaseAttrs, stop: threading.Event) -> Lease:
         """Lease a subnet for this host: its present one, its previous one, or a new one.
 
-        Waits for the store, and for a free subnet. Raises Stopped when ``stop`` is set.
+        Waits for the store, and for a free subnet. Raises Stopped when ``stop`` is set, and
+        ConfigChanged if the network config changes while there is no free subnet.
         """
         ...
 

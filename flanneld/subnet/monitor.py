@@ -41,6 +41,9 @@ class LeaseMonitor:
         self._inbox: queue.SimpleQueue[LeaseStatus | BaseException | None] = queue.SimpleQueue()
         # Indexes of our own writes, so that their echo in the watch is recognised.
         self._written: deque[int] = deque([lease.modified_index], maxlen=64)
+        # The store has our value, as far as we know.
+        self._published = True
+        self._failure = ""
         # A write that failed may have been carried out all the same.
         self._in_doubt = False
         self._altered: deque[float] = deque(maxlen=FIGHTS)
@@ -52,10 +55,6 @@ class LeaseMonitor:
     def fail(self, error: BaseException) -> None:
         """Make `run` raise ``error``: another thread of the daemon has died of it."""
         self._inbox.put(error)
-
-    def wake(self) -> None:
-        """Make `run` look whether it is time to stop. May be called by a signal handler."""
-        self._inbox.put(None)
 
     def feed(self, stop: threading.Event) -> None:
         """Pass on what the store says of our lease, until ``stop``. Runs in a thread of its own."""
@@ -112,6 +111,7 @@ class LeaseMonitor:
             log.warning("It was a reservation; it comes back as a lease: reserve it anew if needed")
         # No index: the key is expected to be absent.
         self._lease = replace(self._lease, ttl=0, modified_index=0)
+        self._published = False
         self._renew()
 
     def _restore(self, stored: Lease, detail: str) -> None:
@@ -130,6 +130,7 @@ class LeaseMonitor:
             )
         self._altered.append(now())
         self._lease = replace(stored, attrs=self._lease.attrs)
+        self._published = False
         self._renew()
 
     def _accept(self, stored: Lease) -> None:
@@ -154,14 +155,16 @@ class LeaseMonitor:
         except StoreError as error:
             self._in_doubt = True
             pause = RETRY
-            if not self._lease.modified_index:
+            if not self._published:
                 pause = RETRY_LOST
             elif self._ends_at - now() < 4 * RETRY:
                 pause = max(RETRY_LOST, (self._ends_at - now()) / 4)
             self._renew_at = now() + pause
-            log.error("Error renewing lease (trying again in %.0f s): %s", pause, error)
+            if self._published or str(error) != self._failure:
+                self._failure = str(error)
+                log.error("Error renewing lease (trying again in %.0f s): %s", pause, error)
             return
-        self._in_doubt = False
+        self._in_doubt, self._published, self._failure = False, True, ""
         self._written.append(self._lease.modified_index)
         self._schedule(self._lease)
         if self._lease.ttl is not None:

@@ -18,9 +18,12 @@ lost is held, with the attributes last known, until the first of these: an event
 another key that takes the same range or the same public IP; the end of the lease as last known.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from ipaddress import IPv4Address
 
 from flanneld.subnet.lease import BadLease, Lease, parse_lease
 from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
@@ -72,6 +75,10 @@ class LeaseTracker:
         self._known: dict[str, _Known] = {}
         # What is gone from the store, and what it has in its place: nothing, or an older lease.
         self._held: dict[str, Lease | None] = {}
+        # Of the held ones: by public IP, how many of each length, and no end comes before this.
+        self._held_by_ip: dict[IPv4Address, set[str]] = {}
+        self._held_lengths: Counter[int] = Counter()
+        self._next_end = math.inf
         self._ignored: dict[str, str] = {}
         self._notes: list[str] = []
 
@@ -103,13 +110,12 @@ class LeaseTracker:
         for name in missing - lost:
             self._leave(name, now)
         before = len(self._held)
-        self._held.update(dict.fromkeys(lost))
+        for name in lost:
+            self._hold(name, None)
         if went_back:
-            self._held.update(
-                (name, found[name])
-                for name in self._known.keys() & found.keys()
-                if _may_be_older(found[name], self._known[name], now)
-            )
+            for name in self._known.keys() & found.keys():
+                if _may_be_older(found[name], self._known[name], now):
+                    self._hold(name, found[name])
         events: list[LeaseEvent] = []
         for name, lease in found.items():
             if name not in self._held or not _same_write(self._held[name], lease):
@@ -124,7 +130,8 @@ class LeaseTracker:
         self.index = event.index
         if event.change is Change.ALL_GONE:
             before = len(self._held)
-            self._held = dict.fromkeys(self._known)
+            for name in self._known:
+                self._hold(name, None)
             self._ignored.clear()
             self._note_held(before)
             return self.expire(now)
@@ -137,17 +144,19 @@ class LeaseTracker:
         return []
 
     def due(self, now: float) -> float | None:
-        """Return the seconds until `expire` has something to do; None if nothing is held."""
-        ends = min((self._known[name].ends for name in self._held), default=None)
-        return None if ends is None else max(0.0, ends - now)
+        """Return the seconds until `expire` may have something to do; None if nothing is held."""
+        return max(0.0, self._next_end - now) if self._held else None
 
     def expire(self, now: float) -> list[LeaseEvent]:
         """Give up the held leases whose time is over."""
         events: list[LeaseEvent] = []
+        if now < self._next_end:
+            return events
         for name in list(self._held):
             # Giving one up can give up another before its turn.
             if name in self._held and self._known[name].ends <= now:
                 events += self._give_up(name, now)
+        self._next_end = min((self._known[name].ends for name in self._held), default=math.inf)
         return events
 
     def _went_back(self, snapshot: Snapshot, found: dict[str, Lease]) -> bool:
@@ -184,12 +193,12 @@ class LeaseTracker:
 
     def _take(self, name: str, lease: Lease, now: float) -> list[LeaseEvent]:
         events: list[LeaseEvent] = []
-        self._held.pop(name, None)
+        self._let_go(name)
         before = self._known.get(name)
         ends = now + (HOLD_RESERVATION if lease.ttl is None else lease.ttl)
         self._known[name] = _Known(lease, ends)
-        for other in list(self._held):
-            if other in self._held and _replaces(lease, self._known[other].lease):
+        for other in self._replaced_by(lease):
+            if other in self._held:
                 events += self._give_up(other, now)
         if before is None:
             events.append(LeaseEvent(EventType.ADDED, lease))
@@ -202,7 +211,38 @@ class LeaseTracker:
         if known is not None:
             ends = min(known.ends, now + LINGER) if name in self._held else now + LINGER
             self._known[name] = _Known(known.lease, ends)
-            self._held[name] = None
+            self._hold(name, None)
+
+    def _hold(self, name: str, instead: Lease | None) -> None:
+        """Use a lease on, though the store has ``instead``."""
+        if name not in self._held:
+            lease = self._known[name].lease
+            self._held_by_ip.setdefault(lease.attrs.public_ip, set()).add(name)
+            self._held_lengths[lease.subnet.prefixlen] += 1
+        self._held[name] = instead
+        self._next_end = min(self._next_end, self._known[name].ends)
+
+    def _let_go(self, name: str) -> Lease | None:
+        """Hold a lease no longer; return what the store has in its place."""
+        if name in self._held:
+            lease = self._known[name].lease
+            self._held_by_ip[lease.attrs.public_ip].discard(name)
+            if not self._held_by_ip[lease.attrs.public_ip]:
+                del self._held_by_ip[lease.attrs.public_ip]
+            self._held_lengths[lease.subnet.prefixlen] -= 1
+        return self._held.pop(name, None)
+
+    def _replaced_by(self, lease: Lease) -> list[str]:
+        """Return the held leases that end with a new one: of its host, or of its range.
+
+        Ranges of one length are the same or apart, so that nothing has to be compared: 10,000
+        hosts that come back after a wipe must not cost the square of it.
+        """
+        names = list(self._held_by_ip.get(lease.attrs.public_ip, ()))
+        if any(n for length, n in self._held_lengths.items() if length != lease.subnet.prefixlen):
+            subnet = lease.subnet
+            names += [n for n in self._held if subnet.overlaps(self._known[n].lease.subnet)]
+        return names
 
     def _note_held(self, before: int) -> None:
         if len(self._held) > before:
@@ -213,7 +253,7 @@ class LeaseTracker:
 
     def _give_up(self, name: str, now: float) -> list[LeaseEvent]:
         """Hold a lease no longer: what the store has in its place counts."""
-        instead = self._held.pop(name)
+        instead = self._let_go(name)
         if instead is not None:
             return self._take(name, instead, now)
         return [LeaseEvent(EventType.REMOVED, self._known.pop(name).lease)]
@@ -235,7 +275,3 @@ def _same_write(held: Lease | None, lease: Lease) -> bool:
         lease.modified_index,
         lease.attrs,
     )
-
-
-def _replaces(new: Lease, held: Lease) -> bool:
-    return new.subnet.overlaps(held.subnet) or new.attrs.public_ip == held.attrs.public_ip

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memory_store import PATIENCE, Clock, Data, MemoryStore, Stop
 
 from flanneld import retry
-from flanneld.errors import LeaseLost, Stopped, StoreError, StoreUnavailable
+from flanneld.errors import ConfigChanged, LeaseLost, Stopped, StoreError, StoreUnavailable
 from flanneld.subnet import local_manager
 from flanneld.subnet.config import parse_config
 from flanneld.subnet.lease import Lease, LeaseAttrs
@@ -24,6 +24,7 @@ OTHER = LeaseAttrs(IPv4Address("10.97.0.2"), "host-gw").encode()
 SUBNET = IPv4Network("10.5.34.0/24")
 KEY = "10.5.34.0-24"
 CONFIG = parse_config('{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}')
+SMALL_TEXT = '{"Network":"10.5.0.0/22"}'
 
 
 @pytest.fixture
@@ -146,7 +147,8 @@ def test_an_unreadable_key_keeps_its_range(
 def test_a_full_network_is_waited_for(
     store: MemoryStore, manager: LocalManager, stop: Stop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = parse_config('{"Network":"10.5.0.0/22"}')
+    store.data.config = SMALL_TEXT
+    config = manager.network_config()
     for third in range(4):
         store.data.put(f"10.5.{third}.0-24", OTHER, 12 if third == 2 else None)
     with caplog.at_level("INFO"):
@@ -154,6 +156,45 @@ def test_a_full_network_is_waited_for(
     assert lease.subnet == IPv4Network("10.5.2.0/24")
     assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE] * 3
     assert caplog.text.count("failed to acquire lease: out of subnets") == 1
+
+
+def fill(store: MemoryStore) -> None:
+    for third in range(4):
+        store.data.put(f"10.5.{third}.0-24", OTHER)
+
+
+def test_a_full_network_gets_another_config(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    store.data.config = SMALL_TEXT
+    config = manager.network_config()
+    fill(store)
+
+    def widen() -> None:
+        if stop.waits.count(local_manager.OUT_OF_SUBNETS_PAUSE) == 2:
+            store.data.config = '{"Network":"10.5.0.0/20"}'
+
+    store.on_call = widen
+    with pytest.raises(ConfigChanged, match="config has changed"):
+        manager.acquire_lease(config, ATTRS, stop)
+    assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE] * 2
+    # Begun again with what the store has now, there is room.
+    lease = manager.acquire_lease(manager.network_config(), ATTRS, stop)
+    assert lease.subnet.subnet_of(IPv4Network("10.5.0.0/20"))
+
+
+@pytest.mark.parametrize("fault", ["before", "after"])
+def test_a_full_network_whose_config_cannot_be_read_is_waited_for(
+    store: MemoryStore, manager: LocalManager, stop: Stop, fault: str
+) -> None:
+    store.data.config = SMALL_TEXT
+    config = manager.network_config()
+    fill(store)
+    store.data.put("10.5.2.0-24", OTHER, 4)
+    store.faults.extend([None, fault])
+    assert manager.acquire_lease(config, ATTRS, stop).subnet == IPv4Network("10.5.2.0/24")
+    assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE]
+    assert store.calls == ["config", "snapshot", "config", "snapshot", "create"]
 
 
 def test_acquiring_ends_when_asked_to(
@@ -196,8 +237,7 @@ class Turns:
 
 FAULTS = st.lists(st.sampled_from([None, None, "before", "after"]), max_size=8)
 HOSTS = st.lists(FAULTS, min_size=2, max_size=4)
-# A network of three subnets, of which the hosts may remember one; .0.0 is not one of them.
-SMALL = parse_config('{"Network":"10.5.0.0/22"}')
+# SMALL_TEXT has three subnets, of which the hosts may remember one; .0.0 is not one of them.
 REMEMBERED = st.sampled_from([None, IPv4Network("10.5.1.0/24"), IPv4Network("10.5.2.0/24")])
 
 
@@ -213,7 +253,7 @@ def test_no_subnet_ever_has_two_hosts(
     present: list[int | None],
     schedule: list[int],
 ) -> None:
-    data, count = Data(Clock()), len(faults)
+    data, count = Data(Clock(), SMALL_TEXT), len(faults)
     for third, host in enumerate(present):
         if host is not None:
             data.put(f"10.5.{third}.0-24", value_of(host), 10**6)
@@ -222,12 +262,12 @@ def test_no_subnet_ever_has_two_hosts(
 
     def acquire(host: int) -> None:
         store = MemoryStore(data)
+        manager = LocalManager(store, remembered[host])
+        config = manager.network_config()
         store.faults.extend(faults[host])
         store.on_call = lambda: turns.wait(host)
         try:
-            leases[host] = LocalManager(store, remembered[host]).acquire_lease(
-                SMALL, LeaseAttrs(address(host)), stop
-            )
+            leases[host] = manager.acquire_lease(config, LeaseAttrs(address(host)), stop)
         except Stopped:
             pass
         finally:

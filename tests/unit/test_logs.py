@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TextIO
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flanneld import logs
-from flanneld.logs import GlogFormatter, go_duration, setup, verbose
+from flanneld.logs import LONGEST, GlogFormatter, go_duration, setup, verbose
 
 LINE = re.compile(r"([IWEF])(\d{4}) (\d\d:\d\d:\d\d\.\d{6}) ([ \d]{7,}) ([^ :]+):(\d+)\] (.*)\n")
 HERE = "test_logs.py"
@@ -86,7 +87,17 @@ def record(
         ),
         (
             record("a\nb", level=logging.WARNING),
-            "W1122 13:54:23.616463   19439 main.py:459] a\nb\n",
+            "W1122 13:54:23.616463   19439 main.py:459] a\\nb\n",
+        ),
+        (
+            record("bad node: %s", "x\nE1122 13:54:23.616463   19439 main.py:459] forged"),
+            "I1122 13:54:23.616463   19439 main.py:459] "
+            "bad node: x\\nE1122 13:54:23.616463   19439 main.py:459] forged\n",
+        ),
+        (
+            record("\t\r\x1b[2J\x7f\x85\u2028Ger\u00e4t\n\n"),
+            "I1122 13:54:23.616463   19439 main.py:459] "
+            "\\t\\r\\x1b[2J\\x7f\\x85\\u2028Ger\u00e4t\\n\n",
         ),
         (
             record("ended\n", level=logging.ERROR),
@@ -133,8 +144,31 @@ def test_time_is_exact_to_the_microsecond(microseconds: int) -> None:
 @given(st.text(), st.sampled_from([5, 10, 20, 30, 40, 50]))
 def test_any_message_makes_one_line_end(message: str, level: int) -> None:
     line = GlogFormatter().format(record(message, level=level))
-    body = line.split("] ", 1)[1]
-    assert body == (message if message.endswith("\n") else message + "\n")
+    head, body = line.split("] ", 1)
+    assert "\n" not in head
+    assert body.endswith("\n")
+    # One line, whatever a reader takes for the end of one, and no control character in it.
+    assert len(line.splitlines()) == 1
+    assert not [c for c in body[:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp")]
+    message = message.removesuffix("\n")
+    if message.isprintable():
+        assert body == message + "\n"
+
+
+@pytest.mark.parametrize("length", [LONGEST - 1, LONGEST, LONGEST + 1, 10 * LONGEST])
+def test_a_long_message_is_cut(length: int) -> None:
+    body = GlogFormatter().format(record("%s", "x" * length)).split("] ", 1)[1]
+    if length <= LONGEST:
+        assert body == "x" * length + "\n"
+    else:
+        assert body == "x" * LONGEST + f"... ({length} characters)\n"
+
+
+def test_no_message_makes_a_line_of_its_own() -> None:
+    logger, stream = started()
+    logger.warning("Ignoring bad subnet node %s", "x\nE1122 forged")
+    assert LINE.fullmatch(stream.getvalue())
+    assert stream.getvalue().endswith("] Ignoring bad subnet node x\\nE1122 forged\n")
 
 
 @pytest.mark.parametrize(
@@ -321,7 +355,10 @@ def test_one_write_per_record() -> None:
     with open(writer, "w", buffering=1) as stream:
         setup(0, "", ":0", stream)
         logger = logging.getLogger("flanneld.test")
-        logger.info("one\ntwo\n%s", "x" * 3000)
+        try:
+            raise ValueError("y" * 3000)
+        except ValueError:
+            logger.exception("one\ntwo\n%s", "x" * 1000)
         logger.error("not UTF-8: \udcff")
         threads = [threading.Thread(target=logger.info, args=("t",)) for _ in range(8)]
         for thread in threads:
@@ -331,7 +368,10 @@ def test_one_write_per_record() -> None:
         got = packets(reader)
     os.close(reader)
     assert len(got) == 10
-    assert got[0].endswith(b"] one\ntwo\n" + b"x" * 3000 + b"\n")
+    first, *_, last = got[0].splitlines()
+    assert first.endswith(b"] one\\ntwo\\n" + b"x" * 1000)
+    assert last == b"ValueError: " + b"y" * 3000
+    assert got[0].endswith(b"\n")
     assert got[1].endswith(b"] not UTF-8: \\udcff\n")
     assert all(LINE.fullmatch(line.decode()) for line in got[1:])
 

@@ -261,6 +261,30 @@ def test_putting_back_is_tried_again_in_a_second(host: Host, fault: str) -> None
     host.run(100, delete, RETRY_LOST, check)
 
 
+def test_a_lost_lease_is_tried_every_second_and_said_once(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    def vanish() -> None:
+        # Gone while the watch cannot tell: the renewal finds out, and its write fails.
+        host.data.delete(KEY)
+        host.store.faults.extend([None, None, *["before"] * 5])
+
+    host.run(100, vanish, *[RETRY_LOST] * 5, host.check(6), 100, host.check(6, LEASE_TTL - 100))
+    assert caplog.text.count("Error renewing lease (trying again in 1 s)") == 1
+
+
+def test_an_altered_lease_that_cannot_be_restored_is_tried_every_second(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    def alter() -> None:
+        host.data.put(KEY, "garbage", LEASE_TTL)
+        # The poll under way tells it at once, then the next poll's turn; each write is one call.
+        host.store.faults.extend([None, *["before"] * 4])
+
+    host.run(100, alter, *[RETRY_LOST] * 4, host.check(5))
+    assert caplog.text.count("Error renewing lease (trying again in 1 s)") == 1
+
+
 @pytest.mark.parametrize("value", ["garbage", '{"PublicIP":"10.97.0.1","BackendType":"vxlan"}'])
 def test_an_altered_lease_is_restored_at_once(
     host: Host, value: str, caplog: pytest.LogCaptureFixture
@@ -379,11 +403,10 @@ def test_the_failure_of_another_thread_ends_it(host: Host) -> None:
         host.run(10, lambda: host.monitor.fail(ZeroDivisionError()), 10)
 
 
-def test_stopped_and_woken(host: Host) -> None:
+def test_nothing_is_written_once_it_is_to_stop(host: Host) -> None:
     def stop() -> None:
         host.data.delete(KEY)
         host.stop.set()
-        host.monitor.wake()
 
     host.run(10, stop)
     assert host.writes() == 0

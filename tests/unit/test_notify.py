@@ -3,11 +3,14 @@
 import gc
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from flanneld import notify
 from flanneld.notify import Notifier
 
 
@@ -43,7 +46,7 @@ def test_what_is_said(service_manager: socket.socket) -> None:
         ("Gerät eth0 \u65e5\u672c", b"STATUS=Ger?t eth0 ??"),
         ("one\nREADY=1\n", b"STATUS=one READY=1 "),
         ("\udcff", b"STATUS=?"),
-        ("", b"STATUS="),
+        ("10.97.0.1 \t \x7f", b"STATUS=10.97.0.1 \t \x7f"),
     ],
 )
 def test_a_status_is_one_line_of_ascii(
@@ -52,6 +55,16 @@ def test_a_status_is_one_line_of_ascii(
     notifier = Notifier(os.environ)
     notifier.status(text)
     assert service_manager.recv(4096) == heard
+    close(notifier)
+
+
+def test_a_status_is_said_once(service_manager: socket.socket) -> None:
+    notifier = Notifier(os.environ)
+    for text in ("", "one", "one", "two", "two", "one"):
+        notifier.status(text)
+    notifier.stopping()
+    heard = [service_manager.recv(4096) for _ in range(4)]
+    assert heard == [b"STATUS=one", b"STATUS=two", b"STATUS=one", b"STOPPING=1"]
     close(notifier)
 
 
@@ -81,6 +94,50 @@ def test_a_full_queue_does_not_block(service_manager: socket.socket) -> None:
     close(notifier)
 
 
+def fill(notifier: Notifier) -> None:
+    """Say more than the queue holds."""
+    for number in range(1000):
+        notifier.status(f"message {number}")
+
+
+def test_ready_waits_for_a_full_queue(service_manager: socket.socket) -> None:
+    notifier = Notifier(os.environ)
+    fill(notifier)
+    heard: list[bytes] = []
+
+    def drain() -> None:
+        time.sleep(0.2)
+        while not heard or heard[-1] != b"STOPPING=1":
+            heard.append(service_manager.recv(4096))
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    notifier.ready()
+    while b"READY=1" not in heard and reader.is_alive():
+        time.sleep(0.001)
+    # And nothing else is waited for afterwards.
+    assert notifier._notifier.socket.gettimeout() == 0
+    notifier.stopping()
+    reader.join(10)
+    assert not reader.is_alive()
+    assert heard[-2:] == [b"READY=1", b"STOPPING=1"]
+    close(notifier)
+
+
+@pytest.mark.usefixtures("service_manager")
+def test_ready_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notify, "READY_PATIENCE", 0.1)
+    notifier = Notifier(os.environ)
+    fill(notifier)
+    began = time.monotonic()
+    notifier.ready()
+    assert time.monotonic() - began >= 0.1
+    fill(notifier)
+    notifier.stopping()
+    assert notifier._notifier.socket.gettimeout() == 0
+    close(notifier)
+
+
 @pytest.mark.usefixtures("service_manager")
 def test_a_service_manager_that_went_away_is_no_failure(tmp_path: Path) -> None:
     notifier = Notifier(os.environ)
@@ -100,6 +157,7 @@ def test_nobody_to_talk_to(monkeypatch: pytest.MonkeyPatch, value: str | None) -
     notifier.status("x")
     notifier.stopping()
     assert notifier._notifier is None
+    assert "NOTIFY_SOCKET" not in os.environ
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

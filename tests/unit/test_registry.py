@@ -5,22 +5,30 @@ import sys
 
 import pytest
 
+from flanneld.backend.base import Constructor
 from flanneld.backend.hostgw import HostGW
 from flanneld.backend.registry import BACKENDS, find_backend
+from flanneld.backend.vxlan import Vxlan
 from flanneld.errors import BackendError
 
 
-@pytest.mark.parametrize("name", ["host-gw", "HOST-GW", "Host-Gw"])
-def test_names_are_compared_without_case(name: str) -> None:
-    assert find_backend(name) is HostGW
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *(("host-gw", HostGW), ("HOST-GW", HostGW), ("Host-Gw", HostGW)),
+        *(("vxlan", Vxlan), ("VXLAN", Vxlan), ("VxLan", Vxlan)),
+    ],
+)
+def test_names_are_compared_without_case(name: str, backend: Constructor) -> None:
+    assert find_backend(name) is backend
 
 
-@pytest.mark.parametrize("name", ["", "hostgw", "host-gw ", "wireguard"])
+@pytest.mark.parametrize("name", ["", "hostgw", "host-gw ", "vxlan6", "wireguard"])
 def test_an_unknown_name(name: str) -> None:
     with pytest.raises(BackendError) as caught:
         find_backend(name)
     text = str(caught.value)
-    assert text.startswith(f"unknown backend type: {name} (this version has: host-gw")
+    assert text.startswith(f"unknown backend type: {name} (this version has: vxlan, host-gw;")
     assert "correct Backend.Type in the network config" in text
 
 
@@ -33,7 +41,8 @@ def test_every_backend_can_be_loaded() -> None:
 def test_no_backend_is_loaded_unasked() -> None:
     code = (
         "import sys, flanneld.backend.registry; "
-        "print([m for m in sys.modules if m in ('flanneld.backend.hostgw', 'pyroute2')])"
+        "unasked = ('flanneld.backend.hostgw', 'flanneld.backend.vxlan', 'pyroute2'); "
+        "print([m for m in sys.modules if m in unasked])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

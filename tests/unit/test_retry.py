@@ -6,7 +6,7 @@ import pytest
 from memory_store import Clock, Stop
 
 from flanneld import retry
-from flanneld.retry import FIRST_PAUSE, LONGEST_PAUSE, REPEAT, Outage
+from flanneld.retry import CALM, FIRST_PAUSE, LONGEST_PAUSE, REPEAT, Outage
 
 
 class Log:
@@ -76,9 +76,31 @@ def test_after_a_success_everything_starts_anew(stop: Stop) -> None:
     for _ in range(5):
         outage.failed("refused", stop)
     outage.over()
+    stop.wait(CALM)
     outage.failed("refused", stop)
     assert [text for _, text in log.lines] == ["Watch: refused"] * 2
     assert stop.waits[-1] <= FIRST_PAUSE
+
+
+def test_success_and_failure_in_turns_are_one_outage(stop: Stop) -> None:
+    """A server that answers the first of two requests, over and over."""
+    log = Log()
+    outage = Outage(log, "Watch", recovered="Watch is back")
+    for _ in range(10):
+        outage.failed("refused", stop)
+        outage.over()
+    assert len(log.lines) == 2
+    assert stop.waits[-1] >= LONGEST_PAUSE / 2
+
+
+def test_neither_the_stores_index_nor_the_order_of_endpoints_is_news(stop: Stop) -> None:
+    log = Log()
+    outage = Outage(log, "Watch")
+    outage.failed("100: Key not found (/a) [7]", stop)
+    outage.failed("100: Key not found (/a) [8]", stop)
+    outage.failed("no; error #0: a: refused; error #1: b: timeout", stop)
+    outage.failed("no; error #0: b: timeout; error #1: a: refused", stop)
+    assert len(log.lines) == 2
 
 
 def test_a_success_without_a_failure_is_silent(stop: Stop) -> None:

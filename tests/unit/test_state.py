@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from flanneld.kernel.reconcile import Territory
 from flanneld.kernel.state import (
     PROTOCOL,
+    PROTOCOL_BOOT,
     Difference,
     Entry,
     FdbEntry,
@@ -86,6 +87,30 @@ A_ELSEWHERE = route("10.5.1.0/24", "192.168.0.9")
             [Found(A, PROTOCOL, metric=100), Found(A, PROTOCOL)],
             Difference((), (Found(A, PROTOCOL, metric=100),)),
             id="one of ours with a metric goes",
+        ),
+        pytest.param(
+            [A],
+            [Found(A_ELSEWHERE, STATIC, tos=16)],
+            Difference((A,), ()),
+            id="foreign route with a TOS stands beside ours",
+        ),
+        pytest.param(
+            [A],
+            [Found(A, PROTOCOL, tos=16), Found(A, PROTOCOL)],
+            Difference((), (Found(A, PROTOCOL, tos=16),)),
+            id="one of ours with a TOS goes",
+        ),
+        pytest.param(
+            [A],
+            [Found(A, PROTOCOL), Found(A_ELSEWHERE, STATIC)],
+            Difference((), ()),
+            id="of two in the slot ours is the first: it counts",
+        ),
+        pytest.param(
+            [A],
+            [Found(A_ELSEWHERE, STATIC), Found(A, PROTOCOL)],
+            Difference((A,), ()),
+            id="of two in the slot ours is behind: the packets go elsewhere",
         ),
         pytest.param(
             [],
@@ -166,6 +191,36 @@ def test_vxlan(wanted: list[Entry], found: list[Found], expected: Difference) ->
     assert compare(wanted, found, VXLAN) == expected
 
 
+KERNEL = 2  # RTPROT_KERNEL
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        pytest.param(Found(A, PROTOCOL), True, id="ours"),
+        pytest.param(Found(route("10.5.1.0/24", "0.0.0.0"), PROTOCOL), True, id="ours, no gateway"),
+        pytest.param(Found(A, PROTOCOL, plain=False), True, id="ours, altered"),
+        pytest.param(Found(A, PROTOCOL_BOOT), True, id="as the original's"),
+        pytest.param(Found(route("10.5.1.0/24", "0.0.0.0"), PROTOCOL_BOOT), False, id="ip route"),
+        pytest.param(Found(route("10.5.1.0/24", "0.0.0.0"), KERNEL), False, id="to a bridge"),
+        pytest.param(Found(A, KERNEL), False, id="kernel"),
+        pytest.param(Found(A, STATIC), False, id="static"),
+        pytest.param(Found(A, 0), False, id="without protocol"),
+        pytest.param(Found(neighbour("10.5.1.0"), plain=False), True, id="neighbour"),
+        pytest.param(Found(fdb(1)), True, id="FDB entry"),
+    ],
+)
+def test_what_gives_way_where_we_had_nothing(found: Found, expected: bool) -> None:
+    assert found.may_be_replaced is expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "tos", "expected"), [(0, 0, True), (100, 0, False), (0, 16, False)]
+)
+def test_where_ours_would_stand(metric: int, tos: int, expected: bool) -> None:
+    assert Found(A, PROTOCOL, metric, tos).in_slot is expected
+
+
 def test_without_a_device_no_neighbour_is_ours() -> None:
     assert compare([], PEER_FOUND[:2], HOSTGW) == Difference((), ())
 
@@ -216,18 +271,19 @@ FOUND: st.SearchStrategy[list[Found]] = st.lists(
             ROUTES,
             st.sampled_from([PROTOCOL, STATIC]),
             st.sampled_from([0, 100]),
+            st.sampled_from([0, 16]),
             st.booleans(),
         ),
         st.builds(Found, OTHERS, plain=st.booleans()),
     )
 )
 
-Place = tuple[Hashable, int]
+Place = tuple[Hashable, int, int]
 
 
 def place(found: Found) -> Place:
     """Return what the kernel tells entries apart by: it has one at each place."""
-    return found.entry.slot, found.metric
+    return found.entry.slot, found.metric, found.tos
 
 
 @given(WANTED, FOUND, st.sampled_from([HOSTGW, VXLAN]))

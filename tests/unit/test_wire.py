@@ -101,6 +101,13 @@ def parse_neighbour(body: bytes) -> Found | None:
             id="onlink route",
         ),
         pytest.param(
+            wire.pack_write(7, ROUTE, replace=False),
+            "34000000 1800 0106 07000000 00000000"
+            "02 18 00 00 fe 66 00 01 00000000"
+            "0800 0100 0a052200  0800 0500 c0a80102  0800 0400 03000000",
+            id="route, exclusively",
+        ),
+        pytest.param(
             wire.pack_delete(8, Found(ROUTE, PROTOCOL)),
             "34000000 1900 0100 08000000 00000000"
             "02 18 00 00 fe 66 ff 00 00000000"
@@ -115,11 +122,25 @@ def parse_neighbour(body: bytes) -> Found | None:
             id="delete blackhole route of others",
         ),
         pytest.param(
+            wire.pack_delete(8, Found(ROUTE, 3, tos=16)),
+            "34000000 1900 0100 08000000 00000000"
+            "02 18 00 10 fe 03 ff 00 00000000"
+            "0800 0100 0a052200  0800 0500 c0a80102  0800 0400 03000000",
+            id="delete route with a TOS",
+        ),
+        pytest.param(
             wire.pack_write(7, NEIGHBOUR),
             "30000000 1c00 0105 07000000 00000000"
             "02 000000 05000000 8000 00 00"
             "0800 0100 0a052200  0a00 0200 aabbccddeeff 0000",
             id="neighbour",
+        ),
+        pytest.param(
+            wire.pack_write(7, NEIGHBOUR, replace=False),
+            "30000000 1c00 0106 07000000 00000000"
+            "02 000000 05000000 8000 00 00"
+            "0800 0100 0a052200  0a00 0200 aabbccddeeff 0000",
+            id="neighbour, exclusively",
         ),
         pytest.param(
             wire.pack_delete(7, Found(NEIGHBOUR)),
@@ -242,15 +263,17 @@ def test_what_is_written_is_read_back(seq: int, entry: Entry) -> None:
 
 
 @given(
-    NETWORKS, ADDRESSES, st.integers(0, 2**31 - 1), st.integers(0, 255), st.integers(0, 2**32 - 1)
+    st.builds(Route, NETWORKS, ADDRESSES, st.integers(0, 2**31 - 1)),
+    st.integers(0, 255),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 255),
 )
 def test_a_deletion_names_exactly_the_route(
-    dst: IPv4Network, via: IPv4Address, oif: int, protocol: int, metric: int
+    route: Route, protocol: int, metric: int, tos: int
 ) -> None:
-    route = Route(dst, via, oif)
-    read = parse(wire.pack_delete(1, Found(route, protocol, metric)))
+    read = parse(wire.pack_delete(1, Found(route, protocol, metric, tos)))
     assert read is not None
-    assert (read.entry, read.protocol, read.metric) == (route, protocol, metric)
+    assert (read.entry, read.protocol, read.metric, read.tos) == (route, protocol, metric, tos)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +285,7 @@ def test_a_deletion_names_exactly_the_route(
             route_body(DST, GATEWAY, OIF, attribute(wire.RTA_CACHEINFO, bytes(32))),
             Found(ROUTE, PROTOCOL),
         ),
-        (route_body(DST, GATEWAY, OIF, tos=8), Found(ROUTE, PROTOCOL, plain=False)),
+        (route_body(DST, GATEWAY, OIF, tos=8), Found(ROUTE, PROTOCOL, tos=8)),
         (route_body(DST, GATEWAY, OIF, type=6), Found(ROUTE, PROTOCOL, plain=False)),
         # RTA_PREFSRC, RTA_METRICS and RTA_MULTIPATH: our routes have none of them.
         (
