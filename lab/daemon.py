@@ -63,7 +63,8 @@ class Flanneld:
             raise LabError(f"flanneld on {self.host.label} runs already")
         if self._notify is not None:
             self._notify.close()
-        self._notify = NotifySocket(self.host.directory / "notify")
+        # A path of its own: there may be two daemons on a host.
+        self._notify = NotifySocket(self.host.lab.scratch_file(f"{self.host.label}-notify"))
         self.host.lab.when_closing(self._notify.close)
         self._log_from = self._log.stat().st_size
         # FLANNELD_* of whoever runs the lab would be options of this daemon.

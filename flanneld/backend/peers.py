@@ -9,7 +9,8 @@ import os
 import queue
 import select
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv4Network
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from flanneld.clock import now
 from flanneld.errors import DeviceError
 from flanneld.kernel.netlink import KernelEvent, Overflow
 from flanneld.kernel.reconcile import MANY, Reconciler, Territory
-from flanneld.kernel.state import Entry, Slot
+from flanneld.kernel.state import Entry, Route, Slot
 from flanneld.logs import verbose
 from flanneld.subnet.config import Config
 from flanneld.subnet.lease import BadLease, Lease
@@ -90,6 +91,7 @@ class PeerNetwork:
         self._neighbours = neighbours
         self._peers: dict[IPv4Network, tuple[Entry, ...]] = {}
         self._leases: dict[IPv4Network, Lease] = {}
+        self._users: Counter[Slot] = Counter()
         self._ignored: dict[IPv4Network, str] = {}
         self._look_at: float | None = None
         self._looked_at = 0.0
@@ -130,28 +132,30 @@ class PeerNetwork:
         poll.register(reconciler.fileno(), select.POLLIN)
         complete = announced = False
         while not stop.is_set():
-            ready = {fd for fd, _ in poll.poll(self._wait(reconciler))}
+            ready = {fd for fd, _ in poll.poll(self._wait(reconciler, complete))}
             if self._bell in ready:
                 os.eventfd_read(self._bell)
                 complete = self._take_batches(reconciler, complete)
             if reconciler.fileno() in ready:
                 self._look_at_device(reconciler.handle())
-            if complete:
-                if self._look_at is not None and now() >= self._look_at:
-                    self._mend_device(reconciler)
+            if self._look_at is not None and now() >= self._look_at:
+                anew = self._ensure_device()
+                if anew and complete:
+                    self._set_all(reconciler)
+            # First the device; meanwhile the reconciler remembers what was touched.
+            if complete and self._look_at is None:
                 reconciler.work()
             if reconciler.in_step and not announced:
                 announced = True
                 synced()
                 self._remove_former()
 
-    def _wait(self, reconciler: Reconciler) -> float | None:
+    def _wait(self, reconciler: Reconciler, complete: bool) -> float | None:
         """Return the milliseconds until there is something to do; None: until an event."""
-        times = [] if self._look_at is None else [max(0.0, self._look_at - now())]
-        due = reconciler.due()
-        if due is not None:
-            times.append(due)
-        return min(times) * 1000 if times else None
+        if self._look_at is not None:
+            return max(0.0, self._look_at - now()) * 1000
+        due = reconciler.due() if complete else None
+        return None if due is None else due * 1000
 
     def _take_batches(self, reconciler: Reconciler, complete: bool) -> bool:
         """Apply the batches that have come. Return whether the peers are completely known."""
@@ -180,12 +184,14 @@ class PeerNetwork:
             lease, subnet = event.lease, event.lease.subnet
             before = self._peers.pop(subnet, ())
             self._leases.pop(subnet, None)
+            self._users.subtract(_shareable(before))
             for entry in before:
                 put.pop(entry.slot, None)
                 drop[entry.slot] = None
             entries = self._read_peer(event)
             if entries:
                 self._peers[subnet], self._leases[subnet] = entries, lease
+                self._users.update(_shareable(entries))
                 for entry in entries:
                     put[entry.slot] = entry
                     drop.pop(entry.slot, None)
@@ -193,7 +199,28 @@ class PeerNetwork:
             elif before:
                 lines.append(f"Subnet removed: {subnet}")
         self._log_changes(lines)
+        self._keep_shared(put, drop)
         return list(put.values()), list(drop)
+
+    def _keep_shared(self, put: dict[Slot, Entry], drop: dict[Slot, None]) -> None:
+        """Keep what another peer has in a slot to be dropped.
+
+        A host that got another subnet has two leases with the same MAC until the older one ends.
+        """
+        shared = {slot for slot in drop if self._users[slot] > 0}
+        for slot in drop.keys() - shared:
+            del self._users[slot]
+        if not shared:
+            return
+        for entry in self._entries():
+            if entry.slot in shared:
+                put[entry.slot] = entry
+                drop.pop(entry.slot, None)
+
+    def _entries(self) -> Iterator[Entry]:
+        """Yield the entries of all peers; where two have the same slot, the newer lease's last."""
+        for subnet, _ in sorted(self._leases.items(), key=lambda item: item[1].modified_index):
+            yield from self._peers[subnet]
 
     @staticmethod
     def _log_changes(lines: Sequence[str]) -> None:
@@ -228,18 +255,14 @@ class PeerNetwork:
     def _set_all(self, reconciler: Reconciler) -> None:
         """Make all entries anew, and compare the kernel with them."""
         self._peers = {s: self._device.entries(lease) for s, lease in self._leases.items()}
-        entries = [entry for peer in self._peers.values() for entry in peer]
-        reconciler.set_all(entries, self._device.territory())
+        self._users = Counter(s for peer in self._peers.values() for s in _shareable(peer))
+        reconciler.set_all(self._entries(), self._device.territory())
 
     def _look_at_device(self, events: Sequence[KernelEvent]) -> None:
         """Plan a look at the device if an event may mean that it changed."""
         for event in events:
             if isinstance(event, Overflow) or self._device.is_touched_by(event):
                 self._look_at = max(now(), self._looked_at + DEVICE_GAP)
-
-    def _mend_device(self, reconciler: Reconciler) -> None:
-        if self._ensure_device():
-            self._set_all(reconciler)
 
     def _ensure_device(self) -> bool:
         """Mend the device. Return whether the entries have to be made anew."""
@@ -267,3 +290,8 @@ class PeerNetwork:
             remove_former(self._former_subnet.network_address, self._device.name)
         except DeviceError as error:
             log.warning("%s", error)
+
+
+def _shareable(entries: Sequence[Entry]) -> Iterator[Slot]:
+    """Yield the slots in which two peers can meet; a route's is the peer's own subnet."""
+    return (entry.slot for entry in entries if not isinstance(entry, Route))

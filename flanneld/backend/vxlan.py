@@ -105,9 +105,13 @@ def decode_mac(attrs: LeaseAttrs) -> bytes:
         members = gojson.members(attrs.backend_data or "") or []
     except gojson.JSONError as error:
         raise BadLease(f"BackendData: {error}") from error
-    text = next((m.value for m in reversed(members) if m.name.lower() == "vtepmac"), None)
+    found = [member for member in members if gojson.fold(member.name) == "vtepmac"]
+    if not found:
+        raise BadLease("BackendData: VtepMAC is missing")
+    text = found[-1].value
     if not isinstance(text, str) or not _MAC.fullmatch(text):
-        raise BadLease(f"BackendData: VtepMAC must be a MAC address, not {text!r}")
+        shown = gojson.shown(found[-1].raw)
+        raise BadLease(f"BackendData: VtepMAC must be a MAC address, not {shown}")
     mac = bytes.fromhex(text.replace(":", ""))
     if mac[0] & 1 or not any(mac):
         raise BadLease(f"BackendData: VtepMAC {text} is no host's address")
@@ -123,9 +127,10 @@ def peer_entries(
     ``on_link`` tells for which public IPs a plain route will do.
     """
     public_ip, subnet = lease.attrs.public_ip, lease.subnet
+    # Also of a peer that is on-link now: what is on-link may change.
+    mac, gateway = decode_mac(lease.attrs), subnet.network_address
     if on_link(public_ip):
         return (Route(subnet, public_ip, underlay),)
-    mac, gateway = decode_mac(lease.attrs), subnet.network_address
     # The route comes last: a packet must not look for a neighbour that is not there yet.
     return (
         Neighbour(gateway, mac, device),
@@ -146,26 +151,28 @@ class VxlanLink:
         self._own = own.subnet.network_address
         self._networks = networks
         self._connected: tuple[IPv4Network, ...] = ()
+        self._made_for: object = None
+        """What the entries depend on, as of the last `ensure` that went well."""
 
     def is_touched_by(self, event: KernelEvent) -> bool:
         """See `PeerDevice.is_touched_by`."""
         device = self._device
+        indexes = (device.index, device.underlay_index)
         if isinstance(event, LinkEvent):
-            return event.link.name in (device.spec.name, device.spec.underlay)
-        return isinstance(event, AddressEvent) and event.index in (
-            device.index,
-            device.underlay_index,
-        )
+            names = (device.spec.name, device.spec.underlay)
+            return event.link.name in names or event.link.index in indexes
+        return isinstance(event, AddressEvent) and event.index in indexes
 
     def ensure(self) -> bool:
         """See `PeerDevice.ensure`."""
         device = self._device
-        before = (device.index, device.underlay_index, self._connected)
         device.ensure()
         device.ensure_address(self._own, self._networks)
         if self._direct:
             self._connected = connected_networks(device.spec.underlay)
-        return before != (device.index, device.underlay_index, self._connected)
+        before = self._made_for
+        self._made_for = (device.index, device.underlay_index, self._connected)
+        return self._made_for != before
 
     def entries(self, lease: Lease) -> tuple[Entry, ...]:
         """See `PeerDevice.entries`."""
@@ -194,6 +201,11 @@ class Vxlan:
         """See `Backend.register_network`."""
         keys, external = read_config(config), self._external
         log.info("VXLAN config: %s", keys)
+        if keys.mtu > external.mtu:
+            raise BackendError(
+                f"Backend key MTU is {keys.mtu}, but {external.name} has an MTU of {external.mtu}:"
+                " raise that of the interface, or lower the key"
+            )
         mtu = (keys.mtu or external.mtu) - OVERHEAD
         if mtu < MIN_MTU:
             raise BackendError(

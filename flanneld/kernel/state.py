@@ -37,7 +37,7 @@ class Route:
         return self.dst
 
     def __str__(self) -> str:
-        return f"route to {self.dst} via {self.via}"
+        return f"route to {self.dst}" + (f" via {self.via}" if int(self.via) else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,8 @@ class VxlanDevice:
         self.index = 0
         self.underlay_index = 0
         self._settled = False
+        self._addressed = 0
+        self._refused_mtu = 0
 
     def ensure(self) -> None:
         """Make the device, or mend what differs; it is up afterwards, and the indexes known."""
@@ -67,10 +69,15 @@ class VxlanDevice:
                 raise DeviceError(f"cannot set up {spec.name}: there is no {spec.underlay}")
             self.underlay_index = int(underlay["index"])
             link = _link(kernel, spec.name)
-            if link is not None:
-                link = self._adopt(kernel, link)
             if link is None:
                 link = self._make(kernel)
+                if self._settled:
+                    log.warning("%s was gone: it is made anew", spec.name)
+            elif not self._fits(link):
+                kernel.link("del", index=link["index"])
+                link = self._make(kernel)
+            elif self._settled and not link["flags"] & _IFF_UP:
+                log.warning("%s was set down: it is set up again", spec.name)
             self._mend(kernel, link)
             self.index = int(link["index"])
             self._settled = True
@@ -78,20 +85,27 @@ class VxlanDevice:
     def ensure_address(self, address: IPv4Address, networks: tuple[IPv4Network, ...]) -> None:
         """Give the device ``address``/32 and take its other addresses inside ``networks`` away."""
         with _kernel(f"cannot set the address of {self.spec.name}") as kernel:
-            present = False
-            for message in kernel.get_addr(index=self.index, family=AF_INET):
-                other = IPv4Address(message.get("local") or message.get("address"))
-                length = message["prefixlen"]
-                if other == address and length == 32:
-                    present = True
-                elif any(contains(network, IPv4Network(other)) for network in networks):
+            found = [
+                (IPv4Address(message.get("local") or message.get("address")), message["prefixlen"])
+                for message in kernel.get_addr(index=self.index, family=AF_INET)
+            ]
+            # First of all: with its last address a device loses all its routes.
+            if (address, 32) not in found:
+                if self._addressed == self.index:
+                    log.warning(
+                        "%s has lost its address %s/32: it is put back", self.spec.name, address
+                    )
+                kernel.addr("add", index=self.index, address=str(address), prefixlen=32)
+            self._addressed = self.index
+            for other, length in found:
+                if (other, length) == (address, 32):
+                    continue
+                if any(contains(network, IPv4Network(other)) for network in networks):
                     kernel.addr("del", index=self.index, address=str(other), prefixlen=length)
                     log.info("Removed IP address %s/%d from %s", other, length, self.spec.name)
-            if not present:
-                kernel.addr("add", index=self.index, address=str(address), prefixlen=32)
 
-    def _adopt(self, kernel: Any, link: Any) -> Any:
-        """Return the existing device, or None after it was removed as incompatible."""
+    def _fits(self, link: Any) -> bool:
+        """Tell whether the existing device can be kept; if not, say why."""
         spec = self.spec
         kind = link.get(("linkinfo", "kind"))
         if kind != "vxlan":
@@ -103,19 +117,16 @@ class VxlanDevice:
         if reason is None:
             if not self._settled:
                 self.mac = link.get("address")
-            return link
+            return True
         log.warning(
             '"%s" already exists with incompatible configuration: %s; recreating device',
             spec.name,
             reason,
         )
-        kernel.link("del", index=link["index"])
-        return None
+        return False
 
     def _make(self, kernel: Any) -> Any:
         spec = self.spec
-        if self._settled:
-            log.warning("%s is gone: making it anew", spec.name)
         gbp = {"vxlan_gbp": True} if spec.gbp else {}
         try:
             kernel.link(
@@ -151,12 +162,36 @@ class VxlanDevice:
             )
             kernel.link("set", index=index, address=self.mac)
         if link.get("mtu") != spec.mtu:
-            log.info("MTU of %s: %s, set to %d", spec.name, link.get("mtu"), spec.mtu)
-            kernel.link("set", index=index, mtu=spec.mtu)
+            self._set_mtu(kernel, index, link.get("mtu"))
         if not link["flags"] & _IFF_UP:
-            if self._settled:
-                log.warning("%s was set down: it is set up again", spec.name)
-            kernel.link("set", index=index, state="up")
+            try:
+                kernel.link("set", index=index, state="up")
+            except NetlinkError as error:
+                if error.code != errno.EADDRINUSE:
+                    raise
+                raise DeviceError(
+                    f"cannot set up {spec.name}: UDP port {spec.port} is in use by another program"
+                    " or a vxlan device of another kind (GBP): free it, or set another Port in the"
+                    " network config"
+                ) from error
+
+    def _set_mtu(self, kernel: Any, index: int, present: int) -> None:
+        """Set the MTU; where the external interface's has shrunk meanwhile, keep the present."""
+        spec = self.spec
+        try:
+            kernel.link("set", index=index, mtu=spec.mtu)
+        except NetlinkError as error:
+            if error.code != errno.EINVAL:
+                raise
+            if self._refused_mtu != present:
+                self._refused_mtu = present
+                log.error(
+                    "MTU of %s: %d instead of %d, as the MTU of %s is too small by now",
+                    *(spec.name, present, spec.mtu, spec.underlay),
+                )
+            return
+        self._refused_mtu = 0
+        log.info("MTU of %s: %d, set to %d", spec.name, present, spec.mtu)
 
 
 def remove_former(address: IPv4Address, keep: str) -> None:

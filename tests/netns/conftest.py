@@ -17,6 +17,9 @@ ROOT = os.geteuid() == 0
 if not ROOT:
     collect_ignore_glob = ["test_*.py"]
 
+# An assertion in there shows its values, too.
+pytest.register_assert_rewrite("network")
+
 LABS = pytest.StashKey[list[Lab]]()
 
 
@@ -32,7 +35,9 @@ def pytest_runtest_makereport(
     """A test that fails shows the last log lines of its daemons."""
     report = yield
     if report.failed:
-        for lab in item.stash.get(LABS, []):
+        # Of a fixture that several tests share, it is an argument.
+        shared = getattr(item, "funcargs", {}).values()
+        for lab in [*item.stash.get(LABS, []), *(arg for arg in shared if isinstance(arg, Lab))]:
             for daemon in lab.daemons:
                 report.sections.append((f"flanneld on {daemon.host.label}", daemon.explain()))
             if lab.etcd is not None:
