@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--hosts", type=int, default=3, metavar="N", help="how many (default 3)")
     parser.add_argument(
-        "--backend", default="host-gw", metavar="NAME", help="the backend (default host-gw)"
+        "--backend", default="vxlan", metavar="NAME", help="the backend (default vxlan)"
     )
     options = parser.parse_args(arguments)
     if not 2 <= options.hosts <= MAX_HOSTS:

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 # two looks when its events come in a storm.
 DEVICE_FAILED, DEVICE_GAP = 1.0, 0.1
 
+# Readings of kernel events one after the other, without a pause between, until work goes on.
+STORM = 200
+
 
 class PeerDevice(Protocol):
     """The device through which the peers are reached."""
@@ -138,19 +141,22 @@ class PeerNetwork:
         poll.register(self._bell, select.POLLIN)
         poll.register(reconciler.fileno(), select.POLLIN)
         complete = announced = False
+        storm = 0
         while not stop.is_set():
             ready = {fd for fd, _ in poll.poll(self._wait(reconciler, complete))}
             if self._bell in ready:
                 os.eventfd_read(self._bell)
                 complete = self._take_batches(reconciler, complete)
-            if reconciler.fileno() in ready:
+            storm = storm + 1 if reconciler.fileno() in ready else 0
+            if storm:
                 self._look_at_device(reconciler.handle())
             if self._look_at is not None and now() >= self._look_at:
                 anew = self._ensure_device()
                 if anew and complete:
                     self._set_all(reconciler)
-            # First the device; meanwhile the reconciler remembers what was touched.
-            if complete and self._look_at is None:
+            # First the device; meanwhile the reconciler remembers what was touched. While more
+            # events come, one of them may be the device's: with it go thousands of entries.
+            if complete and self._look_at is None and storm % STORM == 0:
                 reconciler.work()
             if reconciler.in_step and not announced:
                 announced = True
@@ -287,7 +293,7 @@ class PeerNetwork:
         if self._trouble:
             self._trouble = ""
             log.info("The device %s is in order again", self._device.name)
-        return anew
+        return anew or not self._placed
 
     def _remove_former(self) -> None:
         """Remove the vxlan device of a former run with another backend or VNI."""

@@ -269,7 +269,9 @@ def test_a_lost_lease_is_tried_every_second_and_said_once(
         host.data.delete(KEY)
         host.store.faults.extend([None, None, *["before"] * 5])
 
-    host.run(100, vanish, *[RETRY_LOST] * 5, host.check(6), 100, host.check(6, LEASE_TTL - 100))
+    host.run(100, vanish, *[RETRY_LOST] * 5, host.check(2), 100, host.check(2, LEASE_TTL - 100))
+    # Once at the write, four times before it.
+    assert host.store.calls.count("snapshot") == 6
     assert caplog.text.count("Error renewing lease (trying again in 1 s)") == 1
 
 

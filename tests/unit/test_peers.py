@@ -8,27 +8,34 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flanneld.backend import peers
+from flanneld.backend.hostgw import ExternalLink, HostGW
 from flanneld.backend.peers import PeerNetwork
-from flanneld.kernel.netlink import KernelEvent, LinkEvent
+from flanneld.errors import DeviceError
+from flanneld.interface import ExternalInterface
+from flanneld.kernel import vxlan
+from flanneld.kernel.netlink import KernelEvent, LinkEvent, Overflow
 from flanneld.kernel.reconcile import Territory
-from flanneld.kernel.state import Entry, FdbEntry, Neighbour, Route, Slot
+from flanneld.kernel.state import PROTOCOL, Entry, FdbEntry, Found, Neighbour, Route, Slot
 from flanneld.kernel.wire import Link
 from flanneld.subnet.config import Config, parse_config
-from flanneld.subnet.lease import Lease, LeaseAttrs
+from flanneld.subnet.env import Previous
+from flanneld.subnet.lease import BadLease, Lease, LeaseAttrs
 from flanneld.subnet.manager import SubnetManager
 from flanneld.subnet.watch import EventType, LeaseEvent
 
 CONFIG = parse_config('{"Network":"10.5.0.0/16"}')
 PATIENCE = 10.0
-LO = 1  # index of lo, which every network namespace has
+INDEX = 4  # of the device
+BAD = 66  # a lease with this data is of no use
 
 
 def lease(number: int, *, host: int = 0, mac: int = 0, kind: str = "vxlan") -> Lease:
@@ -42,6 +49,8 @@ OWN = lease(99)
 
 def entries(item: Lease, oif: int) -> tuple[Entry, ...]:
     """As of a vxlan peer; its data is the last byte of its MAC."""
+    if item.attrs.backend_data == str(BAD):
+        raise BadLease("VtepMAC is missing")
     mac = bytes([2, 0, 0, 0, 0, int(item.attrs.backend_data or 0)])
     gateway = item.subnet.network_address
     return (
@@ -49,6 +58,37 @@ def entries(item: Lease, oif: int) -> tuple[Entry, ...]:
         Neighbour(gateway, mac, oif),
         Route(item.subnet, gateway, oif, onlink=True),
     )
+
+
+class FakeDevice:
+    """A `PeerDevice` that gets the next of the indexes each time somebody looks at it.
+
+    The last index stays; 0 is a device that cannot be mended.
+    """
+
+    name = "flannel.1"
+
+    def __init__(self, *indexes: int) -> None:
+        self.indexes = list(indexes or (INDEX,))
+        self.index = 0
+        self.looks = 0
+
+    def is_touched_by(self, event: KernelEvent) -> bool:
+        return isinstance(event, LinkEvent) and event.link.name == self.name
+
+    def ensure(self) -> bool:
+        self.looks += 1
+        index = self.indexes.pop(0) if len(self.indexes) > 1 else self.indexes[0]
+        if not index:
+            raise DeviceError("flannel.1 is in the way")
+        before, self.index = self.index, index
+        return index != before
+
+    def entries(self, lease: Lease) -> tuple[Entry, ...]:
+        return entries(lease, self.index)
+
+    def territory(self) -> Territory:
+        return Territory((CONFIG.network,), self.index)
 
 
 def added(item: Lease, previous: Lease | None = None) -> LeaseEvent:
@@ -70,6 +110,7 @@ class FakeReconciler:
         self.events: list[KernelEvent] = []
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
         self.closed = False
+        self.neighbours = False
 
     def fileno(self) -> int:
         return self.bell
@@ -77,6 +118,7 @@ class FakeReconciler:
     def set_all(self, entries: Iterable[Entry], territory: Territory) -> None:
         self.calls.append("set_all")
         self.kernel = {entry.slot: entry for entry in entries}
+        assert self._has_device()
         self.territory, self.in_step = territory, True
 
     def update(self, put: Sequence[Entry], drop: Iterable[Slot]) -> None:
@@ -85,6 +127,15 @@ class FakeReconciler:
         for slot in drop:
             self.kernel.pop(slot, None)
         self.kernel.update((entry.slot, entry) for entry in put)
+        assert self._has_device()
+
+    def _has_device(self) -> bool:
+        return all(entry.oif for entry in self.kernel.values())
+
+    def tell(self, *events: KernelEvent) -> None:
+        """Have the kernel report these."""
+        self.events = list(events)
+        os.eventfd_write(self.bell, 1)
 
     def handle(self) -> list[KernelEvent]:
         os.eventfd_read(self.bell)
@@ -109,11 +160,14 @@ class FakeReconciler:
         self.closed = True
 
 
-Step = Sequence[LeaseEvent] | Callable[[], object]
+Step = Sequence[LeaseEvent] | Callable[[FakeReconciler], object]
 
 
 class Leases:
-    """The subnet manager's part: yields the batches, each when the one before has been applied."""
+    """The subnet manager's part: yields the batches, each when the one before has been applied.
+
+    A batch that is a tuple is not waited for.
+    """
 
     def __init__(self, steps: Sequence[Step], reconciler: FakeReconciler) -> None:
         self.steps = steps
@@ -128,7 +182,10 @@ class Leases:
         self.wake()
         for step in self.steps:
             if callable(step):
-                step()
+                step(self.reconciler)
+                continue
+            if isinstance(step, tuple):
+                yield step
                 continue
             before = len(self.reconciler.calls)
             yield step
@@ -138,7 +195,10 @@ class Leases:
 
 
 def follow(
-    *steps: Step, device: str = "lo", previous: str | None = None, own: Lease = OWN
+    *steps: Step,
+    device: FakeDevice | None = None,
+    former: str | None = None,
+    neighbours: bool = True,
 ) -> FakeReconciler:
     """Let a network follow the batches; return its reconciler with the state it led to."""
     reconciler = FakeReconciler()
@@ -146,11 +206,11 @@ def follow(
     network = PeerNetwork(
         manager=cast(SubnetManager, leases),
         config=CONFIG,
-        lease=own,
+        lease=OWN,
         mtu=1450,
-        device=device,
-        entries=entries,
-        previous_network=IPv4Network(previous) if previous else None,
+        device=device or FakeDevice(),
+        former_subnet=IPv4Network(former) if former else None,
+        neighbours=neighbours,
     )
     stop = threading.Event()
     synced: list[int] = []
@@ -159,32 +219,43 @@ def follow(
         stop.set()
         network.wake()
 
+    def make_reconciler(*, neighbours: bool) -> FakeReconciler:
+        reconciler.neighbours = neighbours
+        return reconciler
+
     leases.wake, leases.finish = network.wake, finish
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers, "Reconciler", lambda: reconciler)
+        patch.setattr(peers, "Reconciler", make_reconciler)
+        patch.setattr(peers, "DEVICE_GAP", 0.002)
+        patch.setattr(peers, "DEVICE_FAILED", 0.03)
         network.run(stop, lambda: synced.append(len(reconciler.calls)))
     assert reconciler.closed
+    assert reconciler.neighbours is neighbours
     # Said once, and not before the first batch was in the kernel.
     assert synced == ([1] if reconciler.calls else [])
     return reconciler
 
 
-def wanted(*leases: Lease, oif: int = LO) -> dict[Slot, Entry]:
+def wanted(*leases: Lease, oif: int = INDEX) -> dict[Slot, Entry]:
     return {entry.slot: entry for item in leases for entry in entries(item, oif)}
+
+
+def pause(_reconciler: FakeReconciler) -> None:
+    time.sleep(0.03)
 
 
 def test_the_first_batch_is_everything() -> None:
     # Woken for nothing first: it must not take that for being in step.
-    result = follow(lambda: time.sleep(0.03), [added(lease(1)), added(lease(2))])
+    result = follow(pause, [added(lease(1)), added(lease(2))])
     assert result.calls == ["set_all"]
     assert result.kernel == wanted(lease(1), lease(2))
-    assert result.territory == Territory((CONFIG.network, CONFIG.network))
+    assert result.territory == Territory((CONFIG.network,), INDEX)
 
 
 def test_an_empty_first_batch_sweeps_what_is_left() -> None:
-    result = follow([], previous="10.6.0.0/16")
+    result = follow([], neighbours=False)
     assert result.calls == ["set_all"]
-    assert result.territory == Territory((CONFIG.network, IPv4Network("10.6.0.0/16")))
+    assert result.territory == Territory((CONFIG.network,), INDEX)
 
 
 @pytest.mark.parametrize(
@@ -247,44 +318,215 @@ def test_many_changes_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
     assert "Subnet added: " not in caplog.text
 
 
-def test_entries_follow_the_device_to_its_new_index() -> None:
-    reconcilers: list[FakeReconciler] = []
+def test_a_peer_that_is_of_no_use_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    bad = lease(1, mac=BAD)
+    result = follow([added(bad), added(lease(2))], [added(bad)], [removed(bad)], [added(bad)])
+    assert result.kernel == wanted(lease(2))
+    line = "Ignoring subnet(10.5.1.0/24) of 192.168.0.1: VtepMAC is missing"
+    assert caplog.text.count(line) == 2
 
-    def link(index: int, name: str, deleted: bool = False) -> Callable[[], None]:
-        def step() -> None:
-            [reconciler] = reconcilers
-            before = len(reconciler.calls)
-            reconciler.events = [LinkEvent(Link(index, name, True), deleted)]
-            os.eventfd_write(reconciler.bell, 1)
-            if name == "lo" and not deleted:
-                reconciler.wait_beyond(before)
-            else:
-                time.sleep(0.03)
 
-        return step
+def test_a_peer_that_becomes_useless_is_removed(caplog: pytest.LogCaptureFixture) -> None:
+    bad = lease(1, mac=BAD)
+    with caplog.at_level("INFO"):
+        gone = follow([added(lease(1))], [added(bad, lease(1))])
+        back = follow([added(lease(1))], [added(bad, lease(1))], [added(lease(1), bad)])
+    assert gone.kernel == {}
+    assert back.kernel == wanted(lease(1))
+    assert caplog.text.count("Subnet removed: 10.5.1.0/24") == 2
 
-    original = FakeReconciler.__init__
 
-    def remember(self: FakeReconciler) -> None:
-        original(self)
-        reconcilers.append(self)
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_with_one_mac_the_newer_lease_counts(first: bool) -> None:
+    older, newer = replace(lease(1, mac=9), modified_index=5), lease(2, mac=9)
+    newer = replace(newer, modified_index=6)
+    events = [added(newer), added(older)] if first else [added(older), added(newer)]
+    result = follow(events)
+    assert result.kernel == wanted(older, newer)
+    # And what is left when one of them goes, is the other's.
+    assert follow(events, [removed(newer)]).kernel == wanted(older)
+    assert follow(events, [removed(older)]).kernel == wanted(newer)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FakeReconciler, "__init__", remember)
-        result = follow(
-            [added(lease(1))],
-            link(5, "eth0"),
-            link(6, "lo", deleted=True),
-            link(7, "lo"),
-            [added(lease(2, mac=1))],
-            [removed(lease(1))],
-        )
+
+# The device.
+
+
+def link(index: int, name: str = FakeDevice.name, deleted: bool = False) -> LinkEvent:
+    return LinkEvent(Link(index, name, True), deleted)
+
+
+def tell(*events: KernelEvent, calls: int = 0) -> Callable[[FakeReconciler], None]:
+    """Report events; wait until so many calls came of it, or for a moment."""
+
+    def step(reconciler: FakeReconciler) -> None:
+        before = len(reconciler.calls)
+        reconciler.tell(*events)
+        if calls:
+            reconciler.wait_beyond(before + calls - 1)
+        else:
+            pause(reconciler)
+
+    return step
+
+
+@pytest.mark.parametrize("event", [link(7), link(6, deleted=True), Overflow()])
+def test_entries_follow_the_device_to_its_new_index(event: KernelEvent) -> None:
+    device = FakeDevice(INDEX, 7)
+    result = follow(
+        [added(lease(1))],
+        tell(link(5, "eth0")),
+        tell(event, calls=1),
+        [added(lease(2, mac=1))],
+        [removed(lease(1))],
+        device=device,
+    )
     assert result.calls == ["set_all", "set_all", "update", "update"]
     assert result.kernel == wanted(lease(2, mac=1), oif=7)
+    assert result.territory == Territory((CONFIG.network,), 7)
+    assert device.looks == 2
+
+
+def test_a_device_in_order_is_left_alone() -> None:
+    device = FakeDevice()
+    result = follow([added(lease(1))], tell(link(INDEX)), tell(link(INDEX)), device=device)
+    assert result.calls == ["set_all"]
+    assert device.looks == 3
+
+
+def test_a_storm_of_events_is_one_look() -> None:
+    device = FakeDevice()
+    follow([added(lease(1))], tell(*[link(INDEX)] * 500), device=device)
+    assert device.looks == 2
+
+
+def test_nothing_is_written_before_the_device_is_in_order(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    device = FakeDevice(0, 0, 0, INDEX)
+    with caplog.at_level("INFO"):
+        result = follow((added(lease(1)), added(lease(2))), (removed(lease(2)),), [], device=device)
+    assert result.calls == ["set_all"]
+    assert result.kernel == wanted(lease(1))
+    assert caplog.text.count("flannel.1 is in the way (trying again every second)") == 1
+    assert caplog.text.count("The device flannel.1 is in order again") == 1
+
+
+def test_a_device_that_breaks_later_is_mended_and_its_entries_made_anew() -> None:
+    device = FakeDevice(INDEX, 0, 0, 9)
+    result = follow([added(lease(1))], tell(link(INDEX, deleted=True), calls=1), device=device)
+    assert result.calls == ["set_all", "set_all"]
+    assert result.kernel == wanted(lease(1), oif=9)
+
+
+def test_leases_that_come_while_the_device_is_away_are_not_lost() -> None:
+    def breaks(reconciler: FakeReconciler) -> None:
+        reconciler.tell(link(INDEX, deleted=True))
+        time.sleep(0.01)
+
+    device = FakeDevice(INDEX, 0, 0, 9)
+    result = follow([added(lease(1))], breaks, [added(lease(2))], wait_for(9), device=device)
+    assert result.kernel == wanted(lease(1), lease(2), oif=9)
+
+
+def wait_for(index: int) -> Callable[[FakeReconciler], None]:
+    """Wait until the entries are those of a device with this index."""
+
+    def step(reconciler: FakeReconciler) -> None:
+        end = time.monotonic() + PATIENCE
+        while reconciler.territory is None or reconciler.territory.device != index:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    return step
+
+
+def test_a_device_that_was_in_order_before_the_first_leases() -> None:
+    """It may break and come back as it was between the two: then all is to be written yet."""
+    device = FakeDevice(INDEX, 0, INDEX)
+    result = follow(tell(link(INDEX)), [added(lease(1))], device=device)
+    assert result.calls == ["set_all"]
+    assert result.kernel == wanted(lease(1))
+
+
+# What is left of a former run.
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_former_device_is_removed_once_the_peers_are_reached(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: bool
+) -> None:
+    removals: list[tuple[IPv4Address, str]] = []
+
+    def remove(address: IPv4Address, keep: str) -> None:
+        removals.append((address, keep))
+        if failing:
+            raise DeviceError("flannel.9 cannot be removed")
+
+    monkeypatch.setattr(vxlan, "remove_former", remove)
+    follow([added(lease(1))], [added(lease(2))], former="10.6.7.0/24")
+    assert removals == [(IPv4Address("10.6.7.0"), "flannel.1")]
+    assert ("flannel.9 cannot be removed" in caplog.text) is failing
+
+
+def test_without_a_former_run_nothing_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    removals: list[object] = []
+    monkeypatch.setattr(vxlan, "remove_former", lambda *given: removals.append(given))
+    follow([added(lease(1))])
+    assert removals == []
+
+
+# The device of the host-gw backend.
+
+
+class GivenLease:
+    """The subnet manager's other part."""
+
+    def acquire_lease(self, _config: Config, attrs: LeaseAttrs, _stop: threading.Event) -> Lease:
+        return replace(OWN, attrs=attrs)
+
+
+@pytest.mark.parametrize("former", [None, "10.6.0.0/16"])
+def test_host_gw_sweeps_its_network_and_the_former_one(former: str | None) -> None:
+    external = ExternalInterface(1, "lo", 1500, OWN.attrs.public_ip, OWN.attrs.public_ip)
+    previous = Previous(None, IPv4Network(former) if former else None)
+    backend = HostGW(cast(SubnetManager, GivenLease()), external, previous)
+    device = backend.register_network(CONFIG, threading.Event())._device
+    assert device.name == "lo"
+    outside = Route(IPv4Network("10.6.1.0/24"), OWN.attrs.public_ip, 1)
+    inside = Route(IPv4Network("10.5.1.0/24"), OWN.attrs.public_ip, 1)
+    assert device.territory().holds(Found(inside, PROTOCOL))
+    assert device.territory().holds(Found(outside, PROTOCOL)) is bool(former)
+    assert not device.territory().holds(Found(inside, 4))
+    assert device.territory().device == 0
+
+
+def test_host_gw_follows_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = ExternalLink("eth0", (CONFIG.network,))
+    indexes = {"eth0": 3}
+
+    def if_nametoindex(name: str) -> int:
+        if name not in indexes:
+            raise OSError(19, "No such device")
+        return indexes[name]
+
+    monkeypatch.setattr("flanneld.backend.hostgw.socket.if_nametoindex", if_nametoindex)
+    one = lease(1)
+    assert device.ensure()
+    assert not device.ensure()
+    assert device.entries(one) == (Route(one.subnet, one.attrs.public_ip, 3),)
+    del indexes["eth0"]
+    with pytest.raises(DeviceError, match="external interface eth0 is gone"):
+        device.ensure()
+    indexes["eth0"] = 8
+    assert device.ensure()
+    assert device.entries(one) == (Route(one.subnet, one.attrs.public_ip, 8),)
+    assert device.is_touched_by(link(8, "eth0"))
+    assert device.is_touched_by(link(8, "eth0", deleted=True))
+    assert not device.is_touched_by(link(9, "eth1"))
 
 
 def test_the_failure_of_the_watch_is_the_networks() -> None:
-    def fail() -> Any:
+    def fail(_reconciler: FakeReconciler) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -322,7 +564,7 @@ def test_after_every_batch_each_slot_is_some_peers(
     kernel = follow(*steps).kernel
     choices: dict[Slot, set[Entry]] = {}
     for item in left:
-        for entry in entries(item, LO):
+        for entry in entries(item, INDEX):
             choices.setdefault(entry.slot, set()).add(entry)
     # Two hosts with one MAC are somebody's mistake: then either may have its FDB entry.
     assert kernel.keys() == choices.keys()

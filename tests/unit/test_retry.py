@@ -41,6 +41,40 @@ def test_another_reason_is_logged_at_once(stop: Stop) -> None:
     assert {level for level, _ in log.lines} == {logging.INFO}
 
 
+REFUSED = "http://10.97.0.11:2379: connection refused"
+SILENT = "http://10.97.0.12:2379: i/o timeout"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("100: Key not found (/config) [7]", "100: Key not found (/config) [8]", True),
+        ("100: Key not found (/config) [7]", "100: Key not found (/config)", True),
+        ("100: Key not found (/config) [7]", "100: Key not found (/subnets) [7]", False),
+        ("100: Key not found (/config) [7]", "101: Compare failed (/config) [7]", False),
+        ("[7] and [8]", "[8] and [8]", False),
+        (
+            f"unavailable; error #0: {REFUSED}; error #1: {SILENT}",
+            f"unavailable; error #0: {SILENT}; error #1: {REFUSED}",
+            True,
+        ),
+        (
+            f"unavailable; error #0: {REFUSED}; error #1: {SILENT}",
+            f"unavailable; error #0: {SILENT}; error #1: {SILENT}",
+            False,
+        ),
+        (f"unavailable; error #0: {REFUSED}", f"misconfigured; error #0: {REFUSED}", False),
+    ],
+)
+def test_what_makes_two_reasons_the_same(stop: Stop, first: str, second: str, same: bool) -> None:
+    log = Log()
+    outage = Outage(log, "Watch", steady=1.0)
+    for reason in (first, second, first):
+        outage.failed(reason, stop)
+    texts = [f"Watch: {reason}" for reason in (first, second, first)]
+    assert [text for _, text in log.lines] == (texts[:1] if same else texts)
+
+
 def test_pauses_grow_up_to_the_longest_and_vary(stop: Stop) -> None:
     outage = Outage(Log(), "Watch")
     for _ in range(10):

@@ -192,17 +192,18 @@ def test_vxlan(wanted: list[Entry], found: list[Found], expected: Difference) ->
 
 
 KERNEL = 2  # RTPROT_KERNEL
+NOWHERE = str(IPv4Address(0))
 
 
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
         pytest.param(Found(A, PROTOCOL), True, id="ours"),
-        pytest.param(Found(route("10.5.1.0/24", "0.0.0.0"), PROTOCOL), True, id="ours, no gateway"),
+        pytest.param(Found(route("10.5.1.0/24", NOWHERE), PROTOCOL), True, id="ours, no gateway"),
         pytest.param(Found(A, PROTOCOL, plain=False), True, id="ours, altered"),
         pytest.param(Found(A, PROTOCOL_BOOT), True, id="as the original's"),
-        pytest.param(Found(route("10.5.1.0/24", "0.0.0.0"), PROTOCOL_BOOT), False, id="ip route"),
-        pytest.param(Found(route("10.5.1.0/24", "0.0.0.0"), KERNEL), False, id="to a bridge"),
+        pytest.param(Found(route("10.5.1.0/24", NOWHERE), PROTOCOL_BOOT), False, id="ip route"),
+        pytest.param(Found(route("10.5.1.0/24", NOWHERE), KERNEL), False, id="to a bridge"),
         pytest.param(Found(A, KERNEL), False, id="kernel"),
         pytest.param(Found(A, STATIC), False, id="static"),
         pytest.param(Found(A, 0), False, id="without protocol"),

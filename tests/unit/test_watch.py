@@ -1,14 +1,21 @@
 """The merge of snapshots and events: a table for each sentence of the module's text."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import pytest
 
+from flanneld.subnet import watch
 from flanneld.subnet.lease import Lease, LeaseAttrs, check_peer
 from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
 from flanneld.subnet.watch import HOLD_RESERVATION, LINGER, EventType, LeaseEvent, LeaseTracker
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 TTL = 1000
 OWN = Lease(IPv4Network("10.5.99.0/24"), LeaseAttrs(IPv4Address("10.97.0.99")), TTL, 1)
@@ -467,3 +474,88 @@ def test_one_lease_replaces_two_in_turn() -> None:
         added(moved),
     ]
     assert tracker.leases() == [OF_HOST_2, moved]
+
+
+# The work.
+
+
+def comparisons(monkeypatch: pytest.MonkeyPatch, *leases: Lease) -> tuple[int, int]:
+    """Lose all leases at one stroke, and have them back one by one.
+
+    Return how many ranges were compared, and how many lines of the module were run on the way.
+    """
+    count = lines = 0
+    overlaps = IPv4Network.overlaps
+
+    def counted(self: IPv4Network, other: IPv4Network) -> bool:
+        nonlocal count
+        count += 1
+        return overlaps(self, other)
+
+    def trace(frame: FrameType, event: str, _argument: object) -> "TraceFunction | None":
+        nonlocal lines
+        if frame.f_code.co_filename != watch.__file__:
+            return None
+        lines += event == "line"
+        return trace
+
+    tracker = tracking(*leases, index=10**6)
+    assert tracker.event(all_gone(10**6 + 1), 1) == []
+    before = sys.gettrace()
+    with monkeypatch.context() as patch:
+        patch.setattr(IPv4Network, "overlaps", counted)
+        sys.settrace(trace)
+        try:
+            for n, item in enumerate(leases):
+                back = replace(item, modified_index=10**6 + 2 + n)
+                assert tracker.event(put(back), 2) == []
+                assert tracker.expire(2) == []
+        finally:
+            sys.settrace(before)
+    assert len(tracker) == len(leases)
+    assert tracker.due(2) is None
+    return count, lines
+
+
+def many(count: int) -> list[Lease]:
+    return [
+        Lease(
+            IPv4Network((int(IPv4Address("10.5.0.0")) + 16 * n, 28)),
+            LeaseAttrs(IPv4Address("10.98.0.0") + n),
+            TTL,
+            n + 1,
+        )
+        for n in range(count)
+    ]
+
+
+def test_many_that_come_back_cost_no_more_than_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few, more = comparisons(monkeypatch, *many(300)), comparisons(monkeypatch, *many(600))
+    assert few[0] == more[0] == 0
+    assert few[1] > 300
+    assert more[1] <= 2.1 * few[1]
+
+
+def test_ranges_of_another_length_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = lease(128, 5000, length=20)
+    assert comparisons(monkeypatch, *many(20), wide)[0] > 0
+    tracker = held_after_loss(lease(1, 50), lease(2, 60), lease(9, 70))
+    new = lease(0, 3, host=40, length=22)
+    *gone, last = tracker.event(put(new), 2)
+    assert sorted(gone, key=str) == [removed(lease(1, 50)), removed(lease(2, 60))]
+    assert last == added(new)
+    assert tracker.leases() == [lease(9, 70), new]
+
+
+def test_a_host_that_moved_ends_all_its_held_leases() -> None:
+    held = [lease(n, 50 + n, host=7) for n in (1, 2, 3)]
+    tracker = held_after_loss(*held, lease(9, 70))
+    new = lease(20, 3, host=7)
+    events = tracker.event(put(new), 2)
+    assert sorted(e.lease.key for e in events[:-1]) == sorted(item.key for item in held)
+    assert events[-1] == added(new)
+    assert tracker.leases() == [lease(9, 70), new]
+    # The index of held leases is right again: the next one of that host replaces nothing.
+    assert tracker.event(put(replace(new, modified_index=4)), 3) == []

@@ -1,0 +1,165 @@
+"""What the reconciler says and does when the kernel refuses entries; the kernel is a fake here.
+
+Linux exempts permanent neighbours from the limit of its table since 5.0, so that the real one
+cannot be made to refuse them.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+
+from flanneld.kernel import reconcile
+from flanneld.kernel.netlink import KernelEvent, Refusal
+from flanneld.kernel.reconcile import CHECK_REFUSED, Reconciler, Territory
+from flanneld.kernel.state import PROTOCOL, Entry, FdbEntry, Found, Neighbour, Route
+
+DEVICE = 7
+TERRITORY = Territory((IPv4Network("10.5.0.0/16"),), DEVICE)
+
+
+class Kernel:
+    """Holds at most ``room`` neighbours; stands in for both sockets."""
+
+    port = 1
+
+    def __init__(self, room: int, number: int) -> None:
+        self.room = room
+        self.number = number
+        self.entries: dict[object, Entry] = {}
+
+    def ignore(self, _port: int) -> None:
+        pass
+
+    def read(self) -> list[KernelEvent]:
+        return []
+
+    def apply(
+        self,
+        write: Sequence[Entry],
+        _delete: Sequence[Found],
+        _may_replace: Callable[[Entry], bool],
+    ) -> tuple[dict[Entry, Refusal], dict[Found, Refusal]]:
+        refused: dict[Entry, Refusal] = {}
+        for entry in write:
+            neighbours = sum(isinstance(e, Neighbour) for e in self.entries.values())
+            if isinstance(entry, Neighbour) and neighbours >= self.room:
+                refused[entry] = Refusal(self.number, os.strerror(self.number).lower())
+            else:
+                self.entries[entry.slot] = entry
+        return refused, {}
+
+    def routes(self, protocol: int) -> list[Found]:
+        return [
+            Found(e, protocol)
+            for e in self.entries.values()
+            if isinstance(e, Route) and protocol == PROTOCOL
+        ]
+
+    def neighbours(self, _oif: int) -> list[Found]:
+        return [Found(e) for e in self.entries.values() if isinstance(e, Neighbour)]
+
+    def fdb(self, _oif: int) -> list[Found]:
+        return [Found(e) for e in self.entries.values() if isinstance(e, FdbEntry)]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(reconcile, "now", made)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    # logs.setup() of another test may have cut it off.
+    monkeypatch.setattr(logging.getLogger("flanneld"), "propagate", True)
+    with caplog.at_level(logging.INFO, "flanneld"):
+        yield
+
+
+def entries(count: int) -> list[Entry]:
+    made: list[Entry] = []
+    for n in range(count):
+        subnet = IPv4Network(f"10.5.{n}.0/24")
+        mac = bytes([2, 0, 0, 0, 0, n])
+        gateway = subnet.network_address
+        made += [
+            Neighbour(gateway, mac, DEVICE),
+            FdbEntry(mac, IPv4Address(f"10.97.0.{n}"), DEVICE),
+            Route(subnet, gateway, DEVICE, onlink=True),
+        ]
+    return made
+
+
+def reconciler_on(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> Reconciler:
+    monkeypatch.setattr(reconcile, "EntrySocket", lambda: kernel)
+    monkeypatch.setattr(reconcile, "Monitor", lambda **_: kernel)
+    return Reconciler(neighbours=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC])
+def test_a_full_neighbour_table_names_the_sysctl_and_the_value(
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    clock: Clock,
+) -> None:
+    kernel = Kernel(3, number)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    reconciler.set_all(entries(5), TERRITORY)
+    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    reason = os.strerror(number).lower()
+    assert errors == [
+        f"Error adding neighbour 10.5.3.0 lladdr 02:00:00:00:00:03: {reason}",
+        f"Error adding neighbour 10.5.4.0 lladdr 02:00:00:00:00:04: {reason}",
+        "The kernel's neighbour table is full: set the sysctl"
+        " net.ipv4.neigh.default.gc_thresh3 to 1034 or more",
+    ]
+    # Everything else is in place, and the refused ones are tried again, which is not news.
+    assert len(kernel.entries) == 13
+    caplog.clear()
+    assert reconciler.due() == CHECK_REFUSED
+    clock.time += CHECK_REFUSED
+    reconciler.work()
+    assert caplog.records == []
+    # The operator raises the limit.
+    kernel.room = 1034
+    clock.time += CHECK_REFUSED
+    reconciler.work()
+    assert len(kernel.entries) == 15
+    assert [r.getMessage() for r in caplog.records] == [
+        "Recovered neighbour 10.5.3.0 lladdr 02:00:00:00:00:03",
+        "Recovered neighbour 10.5.4.0 lladdr 02:00:00:00:00:04",
+    ]
+
+
+def test_another_refusal_says_nothing_of_the_table(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    assert clock.time
+    reconciler_on(Kernel(0, errno.EPERM), monkeypatch).set_all(entries(1), TERRITORY)
+    assert "operation not permitted" in caplog.text
+    assert "gc_thresh3" not in caplog.text
+
+
+def test_of_many_refusals_a_few_are_shown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    assert clock.time
+    reconciler_on(Kernel(0, errno.ENOBUFS), monkeypatch).set_all(entries(200), TERRITORY)
+    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert len(errors) == 12
+    assert errors[-2] == "Error adding 200 in all (-v=1 lists them)"
+    assert "gc_thresh3 to 1424 or more" in errors[-1]
