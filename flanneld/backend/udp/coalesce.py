@@ -34,15 +34,14 @@ from flanneld.backend.udp.packet import (
     decrement_ttl,
     pseudo,
     set_ip_checksum,
-    swapped,
     words,
 )
 from flanneld.backend.udp.segment import Bytes
 
-# The most packets in one call of `Coalescer.add_rows`.
+# The most packets in a `Batch`.
 ROWS = 128
 # Below this many packets numpy's fixed cost is more than a loop's.
-_FEW = 4
+FEW = 4
 # UDP_MAX_SEGMENTS of kernels before 6.9 (linux/udp.h).
 _UDP_SEGMENTS = 64
 # The part of the headers that is compared: IP and TCP with all options.
@@ -77,6 +76,10 @@ _MASKS = {
 }
 
 
+_MODULUS = np.uint32(65535)
+_NOWHERE = np.zeros(0, np.intp)
+
+
 class Coalescer:
     """Packets in, frames for the TUN device out, in the same order.
 
@@ -94,7 +97,6 @@ class Coalescer:
         self._view = memoryview(self._buffer)
         self._packet = self._view[VNET_LEN:]
         self._array = np.frombuffer(self._buffer, np.uint8)[VNET_LEN:]
-        self._head = np.zeros((ROWS, _HEAD), np.uint8)
         self._key = b""
         self._header = 0
         self._size = 0
@@ -131,36 +133,26 @@ class Coalescer:
         decrement_ttl(packet)
         self._write((VNET_PLAIN, packet[:total]), 1)
 
-    def add_rows(self, rows: Bytes, view: memoryview, size: int, admit: Admit) -> None:
-        """Take packets of one size, at most ROWS: the rows of a matrix; changed in place.
-
-        A row may be longer than the packet, its stride is even. The byte after an odd size holds
-        zero. ``view`` is the same memory, beginning with the first row.
-        """
-        count, stride = len(rows), rows.strides[0]
-        at = 0
-        if count >= _FEW and size >= IP_HEADER + UDP_HEADER + 1:
-            head = self._head[:count]
-            width = min(_HEAD, size)
-            head[:, :width] = rows[:, :width]
-            head[:, width:] = 0
-            batch: _Batch | None = None
-            while count - at >= _FEW:
-                first = view[at * stride : at * stride + size]
-                transport = self._joinable(first)
-                if not transport:
-                    self.add(first, admit)
-                    at += 1
-                    continue
-                if batch is None:
-                    batch = _Batch(rows[:, : size + (size & 1)], head)
-                end = batch.run(at, first[9], transport)
-                if end - at >= _FEW and batch.is_intact(at, end, first[9], transport, size):
-                    self._add_run(rows[at:end], head[at:end], first, transport, admit)
-                else:
-                    self._add_each(view, at, end, stride=stride, size=size, admit=admit)
-                at = end
-        self._add_each(view, at, count, stride=stride, size=size, admit=admit)
+    def add_rows(self, batch: "Batch", admit: Admit) -> None:
+        """Take the packets in a batch's memory; they are changed in place."""
+        batch.fresh = True
+        count, at = batch.count, 0
+        while count - at >= FEW:
+            first = batch.packet(at)
+            transport = self._joinable(first)
+            if not transport:
+                self.add(first, admit)
+                at += 1
+                continue
+            end = batch.run(at, first[9], transport)
+            if end - at >= FEW and batch.is_intact(at, end, first, transport):
+                self._add_run(batch, at, end, first, transport, admit=admit)
+            else:
+                for row in range(at, end):
+                    self.add(batch.packet(row), admit)
+            at = end
+        for row in range(at, count):
+            self.add(batch.packet(row), admit)
 
     def flush(self) -> None:
         """Write what is pending."""
@@ -168,6 +160,7 @@ class Coalescer:
         if not count:
             return
         self._count = 0
+        self._key = b""
         packet, fill = self._packet, self._fill
         if count == 1:
             self._buffer[:VNET_LEN] = VNET_PLAIN
@@ -221,23 +214,16 @@ class Coalescer:
         total = words(packet) + pseudo(packet[12:20], packet[9], len(packet) - IP_HEADER)
         return total % 65535 == 0 and words(packet[:IP_HEADER]) == 0
 
-    def _add_each(
-        self, view: memoryview, at: int, end: int, *, stride: int, size: int, admit: Admit
-    ) -> None:
-        for row in range(at, end):
-            self.add(view[row * stride : row * stride + size], admit)
-
     def _append_one(self, packet: memoryview, header: int) -> None:
         """Append one packet, or begin anew with it."""
         length = len(packet)
         key = _key(packet, header)
         sequence = int.from_bytes(packet[24:28], "big") if packet[9] == TCP else 0
         if not self._room(key, sequence, length):
-            self._begin(packet, key, header)
-        else:
-            fill = self._fill
-            self._packet[fill : fill + length - header] = packet[header:]
-            self._advance(1, length - header, fill + length - header)
+            self._begin(packet, key, header, length - header)
+        fill = self._fill
+        self._packet[fill : fill + length - header] = packet[header:]
+        self._advance(1, length - header)
         if packet[9] == TCP and packet[33] & PSH:
             self._packet[33] |= PSH
             self.flush()
@@ -245,66 +231,62 @@ class Coalescer:
             self.flush()
 
     def _add_run(
-        self, rows: Bytes, head: Bytes, first: memoryview, header: int, admit: Admit
+        self, batch: "Batch", at: int, end: int, first: memoryview, header: int, *, admit: Admit
     ) -> None:
-        """Take intact packets of one flow and one size, with consecutive sequence numbers."""
+        """Take intact packets of one flow and one size, with consecutive sequence numbers.
+
+        PSH is in all of them or in none, or in the last.
+        """
         if not admit(first[12:16].tobytes()):
-            self._counters.drop_wrong_source += len(rows)
+            self._counters.drop_wrong_source += end - at
             return
-        size, tcp = len(first), first[9] == TCP
+        tcp = first[9] == TCP
+        size, each = len(first), len(first) - header
         key = _key(first, header)
-        pushed: list[int] = []
-        if tcp:
-            pushed = [int(at) + 1 for at in np.flatnonzero(head[:, 33] & PSH)]
-        at = 0
-        for stop in [*pushed, len(rows)]:
-            while at < stop:
-                sequence = int.from_bytes(head[at, 24:28].tobytes(), "big") if tcp else 0
+        sequence = int.from_bytes(first[24:28], "big") if tcp else 0
+        while at < end:
+            room = self._room(key, sequence, size)
+            if not room:
+                # Without its payload, which comes with that of the others below.
+                self._begin(batch.packet(at), key, header, each)
                 room = self._room(key, sequence, size)
-                if not room:
-                    self._begin(rows[at, :size].data, key, header)
-                    at += 1
-                    continue
-                count = min(room, stop - at)
-                fill, each = self._fill, size - header
-                end = fill + count * each
-                self._array[fill:end].reshape(count, each)[:] = rows[at : at + count, header:size]
-                self._advance(count, each, end)
-                at += count
-            if pushed and stop == pushed[0]:
-                del pushed[0]
-                if self._count:
-                    self._packet[33] |= PSH
-                self.flush()
+            count = min(room, end - at)
+            fill = self._fill
+            self._array[fill : fill + count * each].reshape(count, each)[...] = batch.rows[
+                at : at + count, header:size
+            ]
+            self._advance(count, each)
+            at += count
+            sequence = sequence + count * each & 0xFFFFFFFF
+        if tcp and batch.packet(end - 1)[33] & PSH:
+            self._packet[33] |= PSH
+            self.flush()
 
     def _room(self, key: bytes, sequence: int, length: int) -> int:
         """Return how many packets of this length can be appended."""
         if (
-            not self._count
-            or key != self._key
+            key != self._key
             or length > self._size
             or (key[-1] == TCP and sequence != self._sequence)
         ):
             return 0
-        each = length - self._header
-        room = (LONGEST_PACKET - self._fill) // each
+        room = (LONGEST_PACKET - self._fill) // (length - self._header)
         return room if key[-1] == TCP else min(room, _UDP_SEGMENTS - self._count)
 
-    def _begin(self, packet: memoryview, key: bytes, header: int) -> None:
+    def _begin(self, packet: memoryview, key: bytes, header: int, each: int) -> None:
+        """Begin a super-packet with the headers of ``packet`` and no payload yet."""
         self.flush()
-        length = len(packet)
-        self._packet[:length] = packet
+        self._packet[:header] = packet[:header]
         decrement_ttl(self._packet)
-        self._key, self._header, self._size = key, header, length
-        self._count, self._fill = 1, length
+        self._key, self._header, self._size = key, header, header + each
+        self._fill = header
         if packet[9] == TCP:
-            sequence = int.from_bytes(packet[24:28], "big")
-            self._sequence = (sequence + length - header) & 0xFFFFFFFF
+            self._sequence = int.from_bytes(packet[24:28], "big")
 
-    def _advance(self, count: int, each: int, fill: int) -> None:
+    def _advance(self, count: int, each: int) -> None:
         self._count += count
-        self._fill = fill
-        self._sequence = (self._sequence + count * each) & 0xFFFFFFFF
+        self._fill += count * each
+        self._sequence = self._sequence + count * each & 0xFFFFFFFF
 
 
 def _key(packet: memoryview, header: int) -> bytes:
@@ -316,45 +298,92 @@ def _key(packet: memoryview, header: int) -> bytes:
     return b"".join((ip[:2], ip[6:9], ip[12:24], b"\x11"))
 
 
-class _Batch:
-    """What is computed once for all packets of a call."""
+class Batch:
+    """Received packets of one size in memory, with all views of it made beforehand.
 
-    def __init__(self, rows: Bytes, head: Bytes) -> None:
-        self._rows = rows
-        self._head = head
-        self._words = head.view(np.uint64)
-        self._differs: dict[int, NDArray[np.uint8]] = {}
-        self._sums: NDArray[np.uint32] | None = None
+    ``memory`` begins with the first packet, whose address is even if ``size`` is; there are
+    ``count`` of them, at most ROWS, ``stride`` bytes apart. The same object serves all batches of
+    this shape in the same place.
+    """
+
+    def __init__(self, memory: Bytes, count: int, size: int, stride: int) -> None:
+        self.count = count
+        self.size = size
+        self.rows = memory[: count * stride].reshape(count, stride)
+        self.fresh = True
+        """New packets have come since the sums were computed."""
+        self._view = memory.data
+        self._stride = stride
+        # An odd last byte is summed with a zero beside it, of which packets in a row have none.
+        self._padded = np.zeros((count, size + 1), np.uint8) if size & 1 else None
+        source = self.rows[:, :size] if self._padded is None else self._padded
+        self._pairs = source.view(np.uint16)
+        width = min(_HEAD, size)
+        self._width_rows = self.rows[:, :width]
+        self._head = np.zeros((count, _HEAD), np.uint8)
+        self._width_head = self._head[:, :width]
+        words64 = self._head.view(np.uint64)
+        self._later, self._earlier = words64[1:], words64[:-1]
+        self._ip_pairs = self._head[:, :IP_HEADER].view(np.uint16)
+        self._sequences = self._head.view(np.uint32)[:, 6]
+        self._numbers = np.arange(count, dtype=np.uint32)
+        self._changed = np.zeros((count - 1, _HEAD // 8), np.uint64)
+        self._sums = np.zeros((2, count), np.uint32)
+        self._different: dict[int, NDArray[np.intp]] = {}
+        self._summed = False
+
+    def packet(self, row: int) -> memoryview:
+        """Return a packet."""
+        at = row * self._stride
+        return self._view[at : at + self.size]
 
     def run(self, at: int, protocol: int, header: int) -> int:
-        """Return the end of the packets from ``at`` on whose headers are like its own."""
-        kind = header if protocol == TCP else 0
-        differs = self._differs.get(kind)
-        if differs is None:
-            changed = self._words[1:] ^ self._words[:-1]
-            changed &= _MASKS[protocol, header]
-            differs = np.any(changed, axis=1).view(np.uint8)
-            self._differs[kind] = differs
-        rest = differs[at:]
-        if not len(rest):
-            return at + 1
-        where = int(rest.argmax())
-        return at + where + 1 if rest[where] else len(self._head)
+        """Return the end of the packets from ``at`` on whose headers are like its own.
 
-    def is_intact(self, at: int, end: int, protocol: int, header: int, size: int) -> bool:
+        In TCP the last one may have PSH and the others not.
+        """
+        if self.fresh:
+            self.fresh = self._summed = False
+            self._different.clear()
+            self._width_head[...] = self._width_rows
+        kind = header if protocol == TCP else 0
+        where = self._different.get(kind)
+        if where is None:
+            np.bitwise_xor(self._later, self._earlier, out=self._changed)
+            np.bitwise_and(self._changed, _MASKS[protocol, header], out=self._changed)
+            where = _NOWHERE
+            if self._changed.any():
+                where = np.flatnonzero(self._changed.any(axis=1))
+            self._different[kind] = where
+        end = self.count
+        if len(where):
+            later = where[int(where.searchsorted(at)) :]
+            if len(later):
+                end = int(later[0]) + 1
+        # The mask leaves PSH to be looked at here.
+        if protocol == TCP and end - at > 1:
+            pushed = self._head[at : end - 1, 33] & PSH
+            if pushed.any():
+                end = at + 1 + int(pushed.argmax())
+        return end
+
+    def is_intact(self, at: int, end: int, first: memoryview, header: int) -> bool:
         """Return whether all checksums are right and the sequence numbers follow each other."""
-        if self._sums is None:
-            self._sums = np.add.reduce(self._rows.view(np.uint16), axis=1, dtype=np.uint32)
-        head = self._head[at:end]
-        ip = np.add.reduce(head[:, :IP_HEADER].view(np.uint16), axis=1, dtype=np.uint32)
-        if (ip % 65535).any():
+        sums = self._sums
+        if not self._summed:
+            self._summed = True
+            if self._padded is not None:
+                self._padded[:, : self.size] = self.rows[:, : self.size]
+            np.add.reduce(self._pairs, axis=1, dtype=np.uint32, out=sums[0])
+            np.add.reduce(self._ip_pairs, axis=1, dtype=np.uint32, out=sums[1])
+        # The IP header's own sum is zero, so the row's is that of what follows it.
+        extra = pseudo(first[12:20], first[9], self.size - IP_HEADER)
+        part = sums[:, at:end] if end - at < self.count else sums
+        if ((part + np.array([[extra], [0]], np.uint32)) % _MODULUS).any():
             return False
-        addresses = head[0, 12:20].tobytes()
-        extra = words(addresses) + (protocol << 8) + swapped(size - IP_HEADER)
-        if ((self._sums[at:end] + extra) % 65535).any():
-            return False
-        if protocol == TCP:
-            sequence = head[:, 24:28].view(np.uint32)[:, 0].byteswap()
-            return bool(((sequence[1:] - sequence[:-1]) == size - header).all())
+        if first[9] == TCP:
+            found = self._sequences[at:end].byteswap()
+            found -= self._numbers[: end - at] * np.uint32(self.size - header)
+            return bool((found == found[0]).all())
         # A UDP checksum of 0 means that there is none.
-        return bool(head[:, 26:28].view(np.uint16).all())
+        return bool(self._head[at:end, 26:28].any(axis=1).all())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from flanneld.backend.udp import segment
-from flanneld.backend.udp.coalesce import ROWS, Admit, Coalescer
+from flanneld.backend.udp.coalesce import FEW, ROWS, Admit, Batch, Coalescer
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import (
     GSO_TCPV4,
@@ -26,8 +26,10 @@ from flanneld.backend.udp.peers import RouteTable
 from flanneld.backend.udp.tun import UDP_GRO
 
 _SLOTS = 64
-# Below this many packets numpy's fixed cost is more than a loop's.
-_FEW = 4
+# Shapes of batches remembered.
+_BATCHES = 256
+# An IP and a UDP header, and anything in it.
+_LEAST = 29
 # More batches in a row would let the TUN device's queue run over.
 _BATCHES_IN_A_TURN = 8
 _SIZE = struct.Struct("=i")
@@ -73,10 +75,7 @@ class Receiver:
         self._view = memoryview(self._arena)
         self._array = np.frombuffer(self._arena, np.uint8)
         self._slots = [[self._view[slot * self._stride :]] for slot in range(_SLOTS)]
-        # Packets of an odd size, moved apart.
-        self._even_view = memoryview(bytearray(2 * LONGEST_PACKET))
-        self._even = np.frombuffer(self._even_view, np.uint8)
-        self._sender = ""
+        self._batches: dict[tuple[int, int, int, int], Batch] = {}
 
     def turn(self) -> bool:
         """Receive and write some packets. Returns whether there may be more.
@@ -116,9 +115,11 @@ class Receiver:
             else:
                 size, count = length, count + 1
         self._take(first * stride, count - first, size=size, stride=stride, admit=admit)
-        if not more:
-            self._coalescer.flush()
         return more
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        self._coalescer.flush()
 
     def _admit(self, sender: str) -> Admit | None:
         """Return what decides on inner sources from this sender, None for a stranger."""
@@ -137,47 +138,26 @@ class Receiver:
     def _take_batch(self, at: int, length: int, size: int, admit: Admit) -> None:
         """Take what one call received: packets of one size, the last may be shorter."""
         full = length // size
-        end = at + full * size
-        if size & 1 and full > 1:
-            stride = size + 1
-            even = self._even[: full * stride].reshape(full, stride)
-            even[:, :size] = self._array[at:end].reshape(full, size)
-            even[:, size] = 0
-            self._take_rows(
-                self._even, self._even_view, 0, full, size=size, stride=stride, admit=admit
-            )
-        else:
-            self._take_rows(self._array, self._view, at, full, size=size, stride=size, admit=admit)
-        if end < at + length:
-            self._coalescer.add(self._view[end : at + length], admit)
+        self._take(at, full, size=size, stride=size, admit=admit)
+        if full * size < length:
+            self._coalescer.add(self._view[at + full * size : at + length], admit)
 
     def _take(self, at: int, count: int, *, size: int, stride: int, admit: Admit | None) -> None:
-        """Take the packets in ``count`` slots."""
+        """Take packets of one size, ``stride`` bytes apart."""
         if count <= 0 or admit is None:
             return
-        if size & 1 and count > 1:
-            self._array[at : at + count * stride].reshape(count, stride)[:, size] = 0
-        self._take_rows(self._array, self._view, at, count, size=size, stride=stride, admit=admit)
-
-    def _take_rows(
-        self,
-        array: segment.Bytes,
-        view: memoryview,
-        at: int,
-        count: int,
-        *,
-        size: int,
-        stride: int,
-        admit: Admit,
-    ) -> None:
-        if count < _FEW:
+        if count < FEW or size < _LEAST:
             for begin in range(at, at + count * stride, stride):
-                self._coalescer.add(view[begin : begin + size], admit)
+                self._coalescer.add(self._view[begin : begin + size], admit)
             return
         for first in range(0, count, ROWS):
-            begin, rows = at + first * stride, min(ROWS, count - first)
-            matrix = array[begin : begin + rows * stride].reshape(rows, stride)
-            self._coalescer.add_rows(matrix, view[begin:], size, admit)
+            key = (at + first * stride, min(ROWS, count - first), size, stride)
+            batch = self._batches.get(key)
+            if batch is None:
+                if len(self._batches) >= _BATCHES:
+                    self._batches.clear()
+                batch = self._batches[key] = Batch(self._array[key[0] :], *key[1:])
+            self._coalescer.add_rows(batch, admit)
 
     # The TUN device
 
@@ -208,12 +188,9 @@ class Receiver:
             self._coalescer.udp = False
         gso = int.from_bytes(whole[4:6].tobytes(), sys.byteorder)
         out = np.zeros(2 * LONGEST_PACKET, np.uint8)
-        protocol, source = TCP if tcp else UDP, whole[VNET_LEN:].copy()
-        rows, _ = segment.segment(source, IP_HEADER, protocol, gso, out)
-        for row in range(rows.count):
-            size = rows.size if row < rows.count - 1 else rows.last
-            begin = row * rows.stride
-            self._write((VNET_PLAIN, out[begin : begin + size].data), 1)
+        protocol, source = TCP if tcp else UDP, whole[VNET_LEN:]
+        for packet in segment.segment(source, IP_HEADER, protocol, gso, out):
+            self._write((VNET_PLAIN, packet), 1)
 
 
 def _size_of_each(control: Sequence[tuple[int, int, bytes]]) -> int:

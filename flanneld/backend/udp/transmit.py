@@ -39,6 +39,11 @@ SLOTS = 64
 _SUPERS_IN_A_TURN = 4
 # Below this many packets numpy's fixed cost is more than a loop's.
 _FEW = 4
+_OUTS = 4
+# A super-packet's payload and a header, at most 120 bytes and one to make it even, for each row.
+_OUT_BYTES = LONGEST_PACKET + segment.ROWS * 122
+# Shapes of super-packets remembered.
+_CUTS = 256
 # After a packet was too big for the path, the path may have changed.
 _TOO_BIG_SECONDS = 10.0
 
@@ -80,12 +85,17 @@ class Transmitter:
         self._packets = matrix[:, VNET_LEN:]
         self._slots = [[self._view[slot * self._stride :]] for slot in range(SLOTS)]
         self._lengths = [0] * SLOTS
+        # Super-packets are cut into each of these in turn, so that rows can wait in one while the
+        # next is filled.
+        self._out_views = [memoryview(bytearray(_OUT_BYTES)) for _ in range(_OUTS)]
+        self._outs = [np.frombuffer(view, np.uint8) for view in self._out_views]
+        self._next_out = 0
+        self._cuts: dict[tuple[int, ...], segment.Cut] = {}
         # Rows of one size to one peer that were cut but not sent.
-        self._out_view = memoryview(bytearray(2 * (LONGEST_PAYLOAD + 64 * segment.ROWS)))
-        self._out = np.frombuffer(self._out_view, np.uint8)
+        self._waiting: list[memoryview] = []
+        self._rows = 0
         self._peer: Peer | None = None
         self._size = 0
-        self._rows = 0
         self._controls: dict[int, list[tuple[int, int, bytes]]] = {}
         self._too_big: dict[str, tuple[int, float]] = {}
 
@@ -123,8 +133,6 @@ class Transmitter:
                 lengths[count] = length
                 count += 1
         self._send_packets(count)
-        if not more:
-            self.flush()
         return more
 
     def _count_read(self, packets: int, size: int) -> None:
@@ -238,82 +246,93 @@ class Transmitter:
 
     def _send_super(self, at: int, length: int) -> None:
         """Cut one super-packet and send most of it; the rest may wait for the next."""
-        packet = self._view[at + VNET_LEN : at + length]
+        begin = at + VNET_LEN
+        packet = self._view[begin : at + length]
         _, kind, _, gso, start, _ = VNET.unpack_from(self._view, at)
-        protocol = _PROTOCOLS.get(kind, 0)
+        counters = self._counters
+        counters.tun_read_calls += 1
+        counters.tun_read_bytes += length - VNET_LEN
         peer = self._route(packet)
-        if peer is None or not protocol:
-            self._count_read(1, length - VNET_LEN)
-            self._counters.drop_malformed += peer is not None
+        if peer is None:
+            counters.tun_read_packets += 1
             return
-        packet[8] -= 1
-        source = self._array[at + VNET_LEN : at + length]
-        done, calls = 0, 1
+        protocol = _PROTOCOLS.get(kind, 0)
         try:
-            payload = len(source) - segment.header_length(source, start, protocol)
-            while done < payload:
-                rows, done = self._cut(source, start, protocol, gso, first=done, peer=peer)
-                self._counters.tun_read_calls += calls
-                self._counters.tun_read_packets += rows.count
-                calls = 0
+            header = segment.header_length(packet, start, protocol)
+            packet[8] -= 1
+            first, payload = 0, len(packet) - header
+            size = header + gso
+            while first < payload:
+                other = peer is not self._peer or size != self._size
+                if self._rows and (other or len(self._waiting) >= _OUTS - 1):
+                    self.flush()
+                key = (begin, length, gso, header, kind, first, self._next_out)
+                cut = self._cuts.get(key)
+                if cut is None:
+                    cut = self._new_cut(key, start, protocol)
+                rows = cut.run()
+                counters.tun_read_packets += rows.number
+                first = cut.end
+                self._peer, self._size = peer, size
+                self._send_cut(rows)
         except segment.BadSuperPacket:
-            self._counters.drop_malformed += 1
-            return
-        self._counters.tun_read_bytes += length - VNET_LEN
+            counters.drop_malformed += 1
 
-    def _cut(
-        self, source: segment.Bytes, start: int, protocol: int, gso: int, *, first: int, peer: Peer
-    ) -> tuple[segment.Rows, int]:
-        size = segment.header_length(source, start, protocol) + gso
-        if self._rows and (peer is not self._peer or size != self._size):
-            self.flush()
-        stride = size + (size & 1)
-        rows, done = segment.segment(
-            source, start, protocol, gso, self._out[self._rows * stride :], first=first
+    def _new_cut(self, key: tuple[int, ...], start: int, protocol: int) -> segment.Cut:
+        begin, length, gso, header, _, first, out = key
+        cut = segment.Cut(
+            self._array[begin : begin + length - VNET_LEN],
+            start=start,
+            header=header,
+            protocol=protocol,
+            gso=gso,
+            out=self._outs[out],
+            first=first,
         )
-        self._peer, self._size = peer, size
-        self._rows += rows.count
-        limit = max(1, min(SEGMENTS, LONGEST_PAYLOAD // size))
-        if rows.last < size:
-            self._send_rows(self._rows, rows.last)
-        elif self._rows >= limit:
-            self._send_rows(self._rows // limit * limit, size)
-        return rows, done
+        if len(self._cuts) >= _CUTS:
+            self._cuts.clear()
+        self._cuts[key] = cut
+        return cut
 
-    def flush(self) -> None:
-        """Send the rows left over from super-packets."""
-        if self._rows:
-            self._send_rows(self._rows, self._size)
-
-    def _send_rows(self, count: int, last: int) -> None:
-        """Send the first ``count`` rows, the last of which has ``last`` bytes."""
-        size, view, peer = self._size, self._out_view, self._peer
+    def _send_cut(self, rows: segment.Rows) -> None:
+        """Send the rows in the current out buffer with those waiting, but not a small rest."""
+        out = self._out_views[self._next_out]
+        self._next_out = (self._next_out + 1) % _OUTS
+        count, size, stride, last = rows
+        peer = self._peer
         if peer is None:
             return
-        stride = size + (size & 1)
-        limit = max(1, min(SEGMENTS, LONGEST_PAYLOAD // size))
-        for first in range(0, count, limit):
-            end = min(count, first + limit)
-            tail = last if end == count else size
-            if stride == size and self.segments:
-                whole = view[first * size : (end - 1) * size + tail]
-                self._send([whole], size, peer, end - first)
-            else:
-                pieces = [view[row * stride : row * stride + size] for row in range(first, end)]
-                pieces[-1] = pieces[-1][:tail]
-                self._send(pieces, size, peer)
-        self._rows -= count
-        if self._rows:
-            self._out[: self._rows * stride] = self._out[
-                count * stride : (count + self._rows) * stride
-            ]
+        limit = min(SEGMENTS, LONGEST_PAYLOAD // size)
+        if stride != size or not self.segments or limit < 2:
+            self.flush()
+            pieces = [out[at : at + size] for at in range(0, count * stride, stride)]
+            pieces[-1] = pieces[-1][:last]
+            self._send(pieces, size, peer)
+            return
+        begin = 0
+        while begin < count:
+            end = min(count, begin + limit - self._rows)
+            final = end == count and last < size
+            stop = (end - 1) * size + last if final else end * size
+            self._waiting.append(out[begin * size : stop])
+            self._rows += end - begin
+            if final or self._rows == limit:
+                self.flush()
+            begin = end
+
+    def flush(self) -> None:
+        """Send the rows that wait."""
+        if self._rows and self._peer is not None:
+            pieces, count = self._waiting, self._rows
+            self._waiting, self._rows = [], 0
+            self._send(pieces, self._size, self._peer, count)
 
     # The socket
 
     def _send(self, pieces: Sequence[memoryview], size: int, peer: Peer, packets: int = 0) -> None:
-        """Send packets of one size (the last may be shorter): a piece each, or all in one.
+        """Send packets of one size (the last may be shorter): a piece for each packet.
 
-        ``packets`` is how many are in one piece.
+        With ``packets``, their number, a piece may hold several, and they fit into one call.
         """
         count = packets or len(pieces)
         limit = min(SEGMENTS, LONGEST_PAYLOAD // size) if size else 0
@@ -342,9 +361,9 @@ class Transmitter:
             for piece in pieces:
                 self._send_one(piece, peer)
             return
-        whole = pieces[0]
-        for first in range(0, len(whole), size):
-            self._send_one(whole[first : first + size], peer)
+        for piece in pieces:
+            for first in range(0, len(piece), size):
+                self._send_one(piece[first : first + size], peer)
 
     def _send_one(self, packet: memoryview, peer: Peer) -> None:
         try:

@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 
 # Before numpy is imported: its matrix library would start threads of its own.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -81,13 +80,12 @@ class Tunnel:
         poll.register(self._tun, select.POLLIN)
         poll.register(self._udp, select.POLLIN)
         poll.register(self._control, select.POLLIN)
-        transmit, receive = self._transmitter.turn, self._receiver.turn
         while True:
             ready = dict(poll.poll())
             if ready.get(self._tun, 0) & (select.POLLERR | select.POLLNVAL):
                 raise TunLost
             try:
-                self._forward(transmit, receive)
+                self._forward()
             except OSError as error:
                 # Reading and writing differ in what they say of a device that is gone.
                 if error.errno in (errno.EBADFD, errno.EFAULT):
@@ -96,12 +94,16 @@ class Tunnel:
             if not self._obey():
                 return
 
-    def _forward(self, transmit: Callable[[], bool], receive: Callable[[], bool]) -> None:
+    def _forward(self) -> None:
         """Forward until both sides are empty, or it is time to look at the control socket."""
+        transmit, receive = self._transmitter.turn, self._receiver.turn
         for _ in range(_TURNS):
             more = transmit()
             if not receive() and not more:
-                return
+                break
+        # Not before: what comes while the other side has its turn may still be joined.
+        self._transmitter.flush()
+        self._receiver.flush()
 
     def say(self, text: str) -> None:
         """Have the daemon log a line."""
