@@ -258,6 +258,8 @@ class Coalescer:
             self._advance(count, each)
             at += count
             sequence = sequence + count * each & 0xFFFFFFFF
+            if size < self._size:
+                self.flush()
         if tcp and batch.packet(end - 1)[33] & PSH:
             self._packet[33] |= PSH
             self.flush()
@@ -271,6 +273,9 @@ class Coalescer:
         ):
             return 0
         room = (LONGEST_PACKET - self._fill) // (length - self._header)
+        if length < self._size:
+            # A shorter packet is the last.
+            room = min(room, 1)
         return room if key[-1] == TCP else min(room, _UDP_SEGMENTS - self._count)
 
     def _begin(self, packet: memoryview, key: bytes, header: int, each: int) -> None:
