@@ -79,8 +79,8 @@ def _connect_by_kernel(host: Host, other: Host, kind: str) -> None:
         f"route add {subnet} via {gateway} dev flannel.1 onlink",
     )
     run(
-        ["bridge", "-n", host.name, "fdb", "add", other_mac]
-        + ["dev", "flannel.1", "dst", str(other.address), "self", "permanent"]
+        f"bridge -n {host.name} fdb add {other_mac} dev flannel.1 dst {other.address}"
+        " self permanent".split()
     )
 
 
@@ -89,10 +89,9 @@ def _start_proxy(host: Host, other: Host, proxy: Path) -> subprocess.Popen[bytes
     tun, udp = host.inside(lambda: _open(host))
     configure(host, "flannel0")
     route = route_to(other)
+    target = (route.subnet.network_address, route.subnet.netmask, route.public_ip, PORT)
     process = subprocess.Popen(
-        [str(proxy), str(tun), str(udp.fileno())]
-        + [str(route.subnet.network_address), str(route.subnet.netmask)]
-        + [str(route.public_ip), str(PORT)],
+        [proxy, *map(str, (tun, udp.fileno(), *target))],
         pass_fds=[tun, udp.fileno()],
         stdin=subprocess.DEVNULL,
     )

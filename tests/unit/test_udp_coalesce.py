@@ -29,6 +29,7 @@ class Device:
         )
 
     def write(self, frame: Sequence[Buffer], packets: int) -> None:
+        assert packets > 0
         data = b"".join(frame)
         self.frames.append((data[:10], data[10:]))
 

@@ -64,7 +64,7 @@ options = st.sampled_from([0, 4, 12, 40]).flatmap(lambda n: st.binary(min_size=n
     seed=st.binary(min_size=1, max_size=64),
 )
 def test_is_what_the_scalar_one_makes(
-    protocol: int, size: int, gso: int, identity: int, sequence: int, flags: int,
+    *, protocol: int, size: int, gso: int, identity: int, sequence: int, flags: int,
     ip_options: bytes, tcp_options: bytes, tos: int, seed: bytes,
 ) -> None:  # fmt: skip
     payload = (seed * (size // len(seed) + 1))[:size]

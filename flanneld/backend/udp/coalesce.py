@@ -104,8 +104,11 @@ class Coalescer:
         self._fill = 0
         self._sequence = 0
 
-    def add(self, packet: memoryview, admit: Admit) -> None:
-        """Take one packet; it is changed in place. Anything may be in it."""
+    def add(self, packet: memoryview, admit: Admit, *, join: bool = True) -> None:
+        """Take one packet; it is changed in place. Anything may be in it.
+
+        Without ``join`` it is written at once, after what is pending.
+        """
         length = len(packet)
         if length < IP_HEADER:
             self._counters.drop_malformed += 1
@@ -125,13 +128,14 @@ class Coalescer:
             self._counters.drop_ttl += 1
             self._expired(packet[:total])
             return
-        transport = self._joinable(packet) if total == length else 0
+        transport = self._joinable(packet) if join and total == length else 0
         if transport and self._is_intact(packet):
             self._append_one(packet, transport)
             return
-        self.flush()
+        if self._count:
+            self.flush()
         decrement_ttl(packet)
-        self._write((VNET_PLAIN, packet[:total]), 1)
+        self._write((VNET_PLAIN, packet if total == length else packet[:total]), 1)
 
     def add_rows(self, batch: "Batch", admit: Admit) -> None:
         """Take the packets in a batch's memory; they are changed in place."""

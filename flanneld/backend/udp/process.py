@@ -195,9 +195,9 @@ class TunnelProcess:
         status = self._process.poll()
         if status is None:
             return None
-        self.dispatch()
         if self._closed:
             return Exit.CLOSED
+        self.dispatch()
         # tunnel.TUN_LOST, which cannot be imported here without numpy.
         return Exit.TUN_LOST if status == 3 else Exit.DIED
 

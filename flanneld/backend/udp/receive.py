@@ -25,7 +25,7 @@ from flanneld.backend.udp.packet import (
 from flanneld.backend.udp.peers import RouteTable
 from flanneld.backend.udp.tun import UDP_GRO
 
-_SLOTS = 64
+SLOTS = 64
 # Shapes of batches remembered.
 _BATCHES = 256
 # An IP and a UDP header, and anything in it.
@@ -71,14 +71,14 @@ class Receiver:
         self._coalescer.tcp = join_tcp
         self._coalescer.udp = join_udp
         self._stride = min(16384, (mtu + 64) // 64 * 64)
-        self._arena = bytearray(_SLOTS * self._stride + LONGEST_PACKET + 1)
+        self._arena = bytearray(SLOTS * self._stride + LONGEST_PACKET + 1)
         self._view = memoryview(self._arena)
         self._array = np.frombuffer(self._arena, np.uint8)
-        self._slots = [[self._view[slot * self._stride :]] for slot in range(_SLOTS)]
+        self._slots = [[self._view[slot * self._stride :]] for slot in range(SLOTS)]
         self._batches: dict[tuple[int, int, int, int], Batch] = {}
 
-    def turn(self) -> bool:
-        """Receive and write some packets. Returns whether there may be more.
+    def turn(self, limit: int = SLOTS) -> bool:
+        """Receive and write some packets, ``limit`` calls. Returns whether there may be more.
 
         Raises OSError when the TUN device is gone.
         """
@@ -88,7 +88,7 @@ class Receiver:
         sender = ""
         admit: Admit | None = None
         more = True
-        while count < _SLOTS and batches < _BATCHES_IN_A_TURN:
+        while count < limit and batches < _BATCHES_IN_A_TURN:
             try:
                 length, control, _, address = receive(slots[count], _CONTROL_BYTES)
             except BlockingIOError:
@@ -112,6 +112,10 @@ class Receiver:
                 batches += 1
                 self._take_batch(count * stride, length, batch or length, admit)
                 first = count = 0
+            elif limit == 1:
+                # Whoever asks for one packet waits for it.
+                self._coalescer.add(self._view[:length], admit, join=False)
+                break
             else:
                 size, count = length, count + 1
         self._take(first * stride, count - first, size=size, stride=stride, admit=admit)

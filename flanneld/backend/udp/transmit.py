@@ -99,8 +99,8 @@ class Transmitter:
         self._controls: dict[int, list[tuple[int, int, bytes]]] = {}
         self._too_big: dict[str, tuple[int, float]] = {}
 
-    def turn(self) -> bool:
-        """Read and send some packets. Returns whether there may be more.
+    def turn(self, limit: int = SLOTS) -> bool:
+        """Read and send some packets, at most ``limit``. Returns whether there may be more.
 
         Raises OSError when the TUN device is gone.
         """
@@ -113,7 +113,7 @@ class Transmitter:
         )
         count = supers = 0
         more = True
-        while count < SLOTS and supers < _SUPERS_IN_A_TURN:
+        while count < limit and supers < _SUPERS_IN_A_TURN:
             try:
                 length = os.readv(fd, slots[count])
             except BlockingIOError:

@@ -30,6 +30,8 @@ ENDED, FAILED, TUN_LOST = 0, 1, 3
 # Under load the control socket is looked at after so many turns, some milliseconds.
 _TURNS = 32
 _RECEIVE_BYTES = 1 << 16
+# A packet after such a pause is taken to be no burst's first. A wrong guess costs one more call.
+_ALONE_SECONDS = 0.0001
 
 
 class TunLost(Exception):
@@ -80,27 +82,48 @@ class Tunnel:
         poll.register(self._tun, select.POLLIN)
         poll.register(self._udp, select.POLLIN)
         poll.register(self._control, select.POLLIN)
+        tun_fd, udp_fd = self._tun, self._udp.fileno()
+        last = 0.0
         while True:
-            ready = dict(poll.poll())
-            if ready.get(self._tun, 0) & (select.POLLERR | select.POLLNVAL):
+            tun = udp = command = 0
+            for fd, event in poll.poll():
+                if fd == tun_fd:
+                    tun = event
+                elif fd == udp_fd:
+                    udp = event
+                else:
+                    command = event
+            if tun & (select.POLLERR | select.POLLNVAL):
                 raise TunLost
+            now = time.monotonic()
             try:
-                self._forward()
+                self._forward(tun, udp, alone=now - last > _ALONE_SECONDS)
             except OSError as error:
                 # Reading and writing differ in what they say of a device that is gone.
                 if error.errno in (errno.EBADFD, errno.EFAULT):
                     raise TunLost from error
                 raise
-            if not self._obey():
+            last = now
+            if command and not self._obey():
                 return
 
-    def _forward(self) -> None:
-        """Forward until both sides are empty, or it is time to look at the control socket."""
+    def _forward(self, tun: int, udp: int, *, alone: bool) -> None:
+        """Forward until both sides are empty, or it is time to look at the control socket.
+
+        ``tun`` and ``udp`` say which side there is something on. ``alone``: nothing came for a
+        while, so this is one packet, and who waits for it should not wait for us to look for more.
+        """
         transmit, receive = self._transmitter.turn, self._receiver.turn
-        for _ in range(_TURNS):
-            more = transmit()
-            if not receive() and not more:
-                break
+        if alone:
+            if tun:
+                transmit(1)
+            if udp:
+                receive(1)
+        else:
+            for _ in range(_TURNS):
+                more = transmit()
+                if not receive() and not more:
+                    break
         # Not before: what comes while the other side has its turn may still be joined.
         self._transmitter.flush()
         self._receiver.flush()
