@@ -57,8 +57,8 @@ def make_pair(lab: Lab, kind: str, proxy: Path) -> Pair:
                 pair.pids.append(_start_proxy(host, hosts[1 - side], proxy).pid)
         connect(hosts, pair.tunnels)
     pair.containers = [container_of(host, mtu) for host in hosts]
-    for container, other in (pair.containers, pair.containers[::-1]):
-        if container.ping(other.address, count=3).received == 0:
+    for one, two in (pair.containers, pair.containers[::-1]):
+        if one.ping(two.address, count=3).received == 0:
             raise RuntimeError(f"{kind}: no connection")
     return pair
 

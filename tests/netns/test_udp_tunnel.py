@@ -14,6 +14,8 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
+import udp_reference as reference
+from transfer import both_ways, one_way
 
 from bench.pairs import Pair, build, make_pair
 from flanneld.backend.udp.peers import PeerRoute
@@ -22,8 +24,6 @@ from flanneld.backend.udp.tun import ALL, Offload
 from lab import Container, Lab, Namespace, eventually
 from lab.process import is_running
 from lab.tunnel import PORT, HostTunnel, connect, container_of, route_to
-from tests.netns.transfer import both_ways, one_way
-from tests.unit import udp_reference as reference
 
 MakeLab = Callable[..., Lab]
 IP_RECVERR, MSG_ERRQUEUE = 11, 0x2000
@@ -69,6 +69,11 @@ def works(pair: Pair) -> None:
     assert two.ping(one.address, count=3).lost == 0
 
 
+def both(pair: Pair) -> tuple[Container, Container]:
+    one, two = pair.containers
+    return one, two
+
+
 # Forwarding
 
 
@@ -93,7 +98,7 @@ def test_each_datagram_is_one_inner_packet(pair: Pair) -> None:
     sent = [bytes([n]) * (n * 14) for n in range(100)]
     for payload in sent:
         sender.sendto(payload, (str(pair.containers[1].address), 9))
-    seen = []
+    seen: list[bytes] = []
 
     def receive() -> bool:
         try:
@@ -115,7 +120,7 @@ def test_each_datagram_is_one_inner_packet(pair: Pair) -> None:
 
 
 def test_tcp_both_ways_is_exact(pair: Pair) -> None:
-    both_ways(*pair.containers, megabytes=20)
+    both_ways(*both(pair), megabytes=20)
     counters = pair.tunnels[0].counters
     assert counters.segments_per_send > 2
     assert counters.segments_per_receive > 2
@@ -127,7 +132,7 @@ def test_tcp_both_ways_is_exact(pair: Pair) -> None:
 def test_without_one_offload_it_goes_on_slower(make_lab: MakeLab, missing: Offload) -> None:
     pair = make(make_lab(2, etcd=False), wanted=ALL & ~missing)
     works(pair)
-    both_ways(*pair.containers, megabytes=3)
+    both_ways(*both(pair), megabytes=3)
     sends, receives = (
         pair.tunnels[0].counters.segments_per_send,
         pair.tunnels[0].counters.segments_per_receive,
@@ -140,7 +145,7 @@ def test_without_one_offload_it_goes_on_slower(make_lab: MakeLab, missing: Offlo
 def test_without_any_offload_it_goes_packet_by_packet(make_lab: MakeLab) -> None:
     pair = make(make_lab(2, etcd=False), wanted=Offload(0))
     works(pair)
-    both_ways(*pair.containers, megabytes=3)
+    both_ways(*both(pair), megabytes=3)
     for tunnel in pair.tunnels:
         counters = tunnel.counters
         assert counters.segments_per_send == counters.segments_per_receive == 1.0
@@ -153,7 +158,7 @@ def test_a_peer_that_sends_packet_by_packet(make_lab: MakeLab, kind: str) -> Non
     _, proxy = build(lab.directory)
     pair = make_pair(lab, kind, proxy)
     works(pair)
-    both_ways(*pair.containers, megabytes=5)
+    both_ways(*both(pair), megabytes=5)
 
 
 def test_packets_larger_than_the_path_still_arrive(pair: Pair) -> None:
@@ -335,7 +340,7 @@ def test_rubbish_neither_crashes_nor_stalls_it(pair: Pair) -> None:
     assert drops["malformed"] > 100
     assert drops["not_ipv4"] > 100
     assert drops["wrong_source"] > 10
-    both_ways(*pair.containers, megabytes=3)
+    both_ways(*both(pair), megabytes=3)
 
 
 def test_what_is_not_ipv4_is_dropped(pair: Pair) -> None:
@@ -429,7 +434,7 @@ def test_it_has_no_privileges_and_no_other_descriptors(pair: Pair) -> None:
 
 
 def test_an_idle_tunnel_sleeps_and_is_small(pair: Pair) -> None:
-    both_ways(*pair.containers, megabytes=10)
+    both_ways(*both(pair), megabytes=10)
     tunnel = pair.tunnels[0]
     schedstat = Path(f"/proc/{tunnel.process.pid}/schedstat")
     time.sleep(0.5)
@@ -472,4 +477,4 @@ def test_much_data_while_peers_come_and_go(pair: Pair) -> None:
                 case _:
                     tunnel.process.replace_peers([*chosen, route_to(other.host)])
 
-    both_ways(*pair.containers, megabytes=megabytes, meanwhile=change_peers)
+    both_ways(*both(pair), megabytes=megabytes, meanwhile=change_peers)

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import udp_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_udp_segment import super_packet
 
 from flanneld.backend.udp.coalesce import ROWS, Batch, Coalescer
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import Buffer
-from tests.unit import udp_reference as reference
-from tests.unit.test_udp_segment import super_packet
 
 TCP, UDP = reference.TCP, reference.UDP
 

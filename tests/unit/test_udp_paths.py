@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
+import udp_reference as reference
+from test_udp_coalesce import flow
+from test_udp_segment import super_packet
 
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import NEEDS_CSUM, VNET, VNET_PLAIN
 from flanneld.backend.udp.peers import PeerRoute, RouteTable
 from flanneld.backend.udp.receive import Receiver
 from flanneld.backend.udp.transmit import Transmitter
-from tests.unit import udp_reference as reference
-from tests.unit.test_udp_coalesce import flow
-from tests.unit.test_udp_segment import super_packet
 
 TCP, UDP = reference.TCP, reference.UDP
 PEER = ("10.97.0.2", 8285)

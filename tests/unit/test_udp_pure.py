@@ -1,4 +1,4 @@
-"""The udp tunnel's route table, ICMP errors, control messages, and what was recorded of the original."""
+"""The udp tunnel's route table, ICMP errors and messages; what was recorded of the original."""
 
 import random
 import struct
@@ -6,6 +6,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
+import udp_reference as reference
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from flanneld.backend.udp.control import BadMessage, Message, Op, Settings
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import decrement_ttl
 from flanneld.backend.udp.peers import PeerRoute, RouteTable
-from tests.unit import udp_reference as reference
 
 PCAP = Path(__file__).parents[1] / "fixtures" / "pcap"
 

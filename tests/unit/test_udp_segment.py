@@ -4,12 +4,12 @@ import struct
 
 import numpy as np
 import pytest
+import udp_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flanneld.backend.udp import segment
 from flanneld.backend.udp.packet import checksum, complete_checksum, decrement_ttl, words
-from tests.unit import udp_reference as reference
 
 TCP, UDP = reference.TCP, reference.UDP
 

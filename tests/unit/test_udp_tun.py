@@ -62,9 +62,9 @@ class OldSocket(socket.socket):
     def getsockopt(self, level: int, name: int, *more: int) -> int:  # type: ignore[override]  # no bytes
         if level == socket.IPPROTO_UDP:
             raise OSError(errno.ENOPROTOOPT, "Protocol not available")
-        return super().getsockopt(level, name, *more)  # type: ignore[return-value]  # no bytes
+        return super().getsockopt(level, name, *more)
 
-    def setsockopt(self, level: int, name: int, *value: object) -> None:  # type: ignore[override]  # any
+    def setsockopt(self, level: int, name: int, *value: object) -> None:
         if level == socket.IPPROTO_UDP or name in (32, 33):
             number = errno.EPERM if level == socket.SOL_SOCKET else errno.ENOPROTOOPT
             raise OSError(number, "refused")
