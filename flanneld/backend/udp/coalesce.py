@@ -338,6 +338,12 @@ class Batch:
         self._numbers = np.arange(count, dtype=np.uint32)
         self._changed = np.zeros((count - 1, _HEAD // 8), np.uint64)
         self._sums = np.zeros((2, count), np.uint32)
+        self._extra = np.zeros((2, 1), np.uint32)
+        # Nonzero where a sum or a sequence number is.
+        self._wrong = np.zeros((3, count), np.uint32)
+        self._udp_checksums = self._head.view(np.uint16)[:, 13]
+        self._step = 0
+        self._multiples = self._numbers
         self._different: dict[int, NDArray[np.intp]] = {}
         self._summed = False
 
@@ -361,7 +367,7 @@ class Batch:
             np.bitwise_xor(self._later, self._earlier, out=self._changed)
             np.bitwise_and(self._changed, _MASKS[protocol, header], out=self._changed)
             where = _NOWHERE
-            if self._changed.any():
+            if np.count_nonzero(self._changed):
                 where = np.flatnonzero(self._changed.any(axis=1))
             self._different[kind] = where
         end = self.count
@@ -372,27 +378,38 @@ class Batch:
         # The mask leaves PSH to be looked at here.
         if protocol == TCP and end - at > 1:
             pushed = self._head[at : end - 1, 33] & PSH
-            if pushed.any():
+            if np.count_nonzero(pushed):
                 end = at + 1 + int(pushed.argmax())
         return end
 
     def is_intact(self, at: int, end: int, first: memoryview, header: int) -> bool:
         """Return whether all checksums are right and the sequence numbers follow each other."""
-        sums = self._sums
         if not self._summed:
             self._summed = True
             if self._padded is not None:
                 self._padded[:, : self.size] = self.rows[:, : self.size]
-            np.add.reduce(self._pairs, axis=1, dtype=np.uint32, out=sums[0])
-            np.add.reduce(self._ip_pairs, axis=1, dtype=np.uint32, out=sums[1])
+            np.add.reduce(self._pairs, axis=1, dtype=np.uint32, out=self._sums[0])
+            np.add.reduce(self._ip_pairs, axis=1, dtype=np.uint32, out=self._sums[1])
         # The IP header's own sum is zero, so the row's is that of what follows it.
-        extra = pseudo(first[12:20], first[9], self.size - IP_HEADER)
-        part = sums[:, at:end] if end - at < self.count else sums
-        if ((part + np.array([[extra], [0]], np.uint32)) % _MODULUS).any():
-            return False
+        self._extra[0, 0] = pseudo(first[12:20], first[9], self.size - IP_HEADER)
+        sums, wrong, sequences = self._sums, self._wrong, self._sequences
+        if end - at < self.count:
+            sums, wrong = sums[:, at:end], wrong[:, at:end]
+            sequences = sequences[at:end]
+        np.add(sums, self._extra, out=wrong[:2])
+        np.remainder(wrong[:2], _MODULUS, out=wrong[:2])
         if first[9] == TCP:
-            found = self._sequences[at:end].byteswap()
-            found -= self._numbers[: end - at] * np.uint32(self.size - header)
-            return bool((found == found[0]).all())
+            begin = int.from_bytes(first[24:28], "big")
+            expected = self._steps(size=self.size - header)[: end - at] + np.uint32(begin)
+            np.bitwise_xor(expected.byteswap(inplace=True), sequences, out=wrong[2])
+            return not np.count_nonzero(wrong)
         # A UDP checksum of 0 means that there is none.
-        return bool(self._head[at:end, 26:28].any(axis=1).all())
+        summed = np.count_nonzero(self._udp_checksums[at:end])
+        return not np.count_nonzero(wrong[:2]) and summed == end - at
+
+    def _steps(self, size: int) -> NDArray[np.uint32]:
+        """Return multiples of the payload's size, which is what sequence numbers grow by."""
+        if size != self._step:
+            self._step = size
+            self._multiples = self._numbers * np.uint32(size)
+        return self._multiples
