@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_udp_segment import super_packet
 
-from flanneld.backend.udp.coalesce import ROWS, Batch, Coalescer
+from flanneld.backend.udp.batch import ROWS, Batch
+from flanneld.backend.udp.coalesce import Coalescer
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import Buffer
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from flanneld.backend.udp import segment
-from flanneld.backend.udp.coalesce import FEW, ROWS, Admit, Batch, Coalescer
+from flanneld.backend.udp.batch import FEW, ROWS, Batch
+from flanneld.backend.udp.coalesce import Admit, Coalescer
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import (
     GSO_TCPV4,

@@ -20,6 +20,7 @@ from flanneld.backend.udp.packet import (
     IP_HEADER,
     LONGEST_PACKET,
     NEEDS_CSUM,
+    PSH,
     TCP,
     UDP,
     VNET,
@@ -70,6 +71,8 @@ class Transmitter:
         say: Callable[[str], None],
     ) -> None:
         self.segments = segments
+        self.may_wait = False
+        """Rows are waiting that need not be sent before the next packets are read."""
         self._tun = tun
         self._udp = udp
         self._routes = routes
@@ -96,6 +99,7 @@ class Transmitter:
         self._rows = 0
         self._peer: Peer | None = None
         self._size = 0
+        self._flags_at = 0
         self._controls: dict[int, list[tuple[int, int, bytes]]] = {}
         self._too_big: dict[str, tuple[int, float]] = {}
 
@@ -273,7 +277,7 @@ class Transmitter:
                 rows = cut.run()
                 counters.tun_read_packets += rows.number
                 first = cut.end
-                self._peer, self._size = peer, size
+                self._peer, self._size, self._flags_at = peer, size, start + 13
                 self._send_cut(rows)
         except segment.BadSuperPacket:
             counters.drop_malformed += 1
@@ -319,10 +323,14 @@ class Transmitter:
             if final or self._rows == limit:
                 self.flush()
             begin = end
+        # Without PSH the sender has more, and fills a super-packet: it is not waiting for this.
+        at_flags = (count - 1) * size + self._flags_at
+        self.may_wait = count > limit and self._rows > 0 and not out[at_flags] & PSH
 
     def flush(self) -> None:
         """Send the rows that wait."""
         if self._rows and self._peer is not None:
+            self.may_wait = False
             pieces, count = self._waiting, self._rows
             self._waiting, self._rows = [], 0
             self._send(pieces, self._size, self._peer, count)

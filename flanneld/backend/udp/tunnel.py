@@ -32,6 +32,8 @@ _TURNS = 32
 _RECEIVE_BYTES = 1 << 16
 # A packet after such a pause is taken to be no burst's first. A wrong guess costs one more call.
 _ALONE_SECONDS = 0.0001
+# How long the rest of a long super-packet waits for the next one (see Transmitter.may_wait).
+_PATIENCE_MS = 1
 
 
 class TunLost(Exception):
@@ -86,7 +88,10 @@ class Tunnel:
         last = 0.0
         while True:
             tun = udp = command = 0
-            for fd, event in poll.poll():
+            ready = poll.poll(_PATIENCE_MS if self._transmitter.may_wait else None)
+            if not ready:
+                self._transmitter.flush()
+            for fd, event in ready:
                 if fd == tun_fd:
                     tun = event
                 elif fd == udp_fd:
@@ -125,7 +130,8 @@ class Tunnel:
                 if not receive() and not more:
                     break
         # Not before: what comes while the other side has its turn may still be joined.
-        self._transmitter.flush()
+        if not self._transmitter.may_wait:
+            self._transmitter.flush()
         self._receiver.flush()
 
     def say(self, text: str) -> None:
