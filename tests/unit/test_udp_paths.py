@@ -32,6 +32,7 @@ class Socket:
     sent: list[bytes] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
     incoming: list[tuple[bytes, int, str]] = field(default_factory=list)
+    errors: list[int] = field(default_factory=list)
 
     def sendmsg(
         self, pieces: list[bytes], control: list[tuple[int, int, bytes]], _flags: int, to: object
@@ -62,6 +63,8 @@ class Socket:
     ) -> tuple[int, list[tuple[int, int, bytes]], int, tuple[str, int]]:
         if not self.incoming:
             raise BlockingIOError
+        if self.errors:
+            raise OSError(self.errors.pop(), "an error")
         data, size, sender = self.incoming.pop(0)
         buffers[0][: len(data)] = data
         control = [(socket.IPPROTO_UDP, 104, struct.pack("=i", size))] if size else []
@@ -149,10 +152,43 @@ def test_super_packets_are_cut_in_order(bench: Bench, gso: int) -> None:
     assert bench.counters.tun_read_packets == bench.counters.udp_sent_packets
 
 
+def test_super_packets_of_equal_length_with_other_headers(bench: Bench) -> None:
+    payload = bytes(range(250)) * 20
+    packets = [
+        super_packet(TCP, payload, tcp_options=bytes(4)),
+        super_packet(TCP, payload, ip_options=bytes([1, 1, 1, 0])),
+        super_packet(TCP, payload + bytes(4)),
+        super_packet(UDP, payload + bytes(16)),
+    ]
+    starts = (20, 24, 20, 20)
+    frames = []
+    for packet, start in zip(packets, starts, strict=True):
+        kind, offset = (1, 16) if packet[9] == TCP else (5, 6)
+        frames.append(VNET.pack(NEEDS_CSUM, kind, 0, 1000, start, offset) + packet)
+    bench.transmit(*frames, *frames)
+    assert bench.udp.sent == expected(packets, 1000) * 2
+
+
 def test_what_is_left_over_goes_with_the_next(bench: Bench) -> None:
     # 45 rows each, of which 44 fit into a datagram's 65507 bytes: 180 rows in 5 calls.
     bench.transmit(*(tso(packet, 1420) for packet in SUPERS))
     assert bench.udp.calls == [44, 44, 44, 44, 4]
+
+
+def test_only_the_rest_of_a_long_unfinished_super_packet_may_wait(bench: Bench) -> None:
+    def may_wait(packet: bytes) -> bool:
+        bench.kernel.send(tso(packet, 1420))
+        bench.transmitter.turn()
+        waits = bench.transmitter.may_wait
+        bench.transmitter.flush()
+        assert not bench.transmitter.may_wait
+        return waits
+
+    assert may_wait(super_packet(TCP, bytes(1420 * 45)))
+    assert not may_wait(super_packet(TCP, bytes(1420 * 45), flags=0x18))
+    assert not may_wait(super_packet(TCP, bytes(1420 * 44)))
+    assert not may_wait(super_packet(TCP, bytes(1420 * 10)))
+    assert not may_wait(super_packet(UDP, bytes(1420 * 45)))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL, errno.EOPNOTSUPP])
@@ -256,6 +292,12 @@ def test_single_datagrams_are_joined_too(bench: Bench) -> None:
     bench.udp.incoming = [(packet, 0, PEER[0]) for packet in packets]
     (frame,) = bench.receive()
     assert [p[12:] for p in reference.segment(frame[10:], 1001)] == [p[12:] for p in packets]
+
+
+def test_errors_of_the_socket_do_not_matter(bench: Bench) -> None:
+    bench.udp.incoming = incoming(from_peer(flow(TCP, [100] * 12)))
+    bench.udp.errors = [errno.ECONNREFUSED, errno.ENOBUFS] * 20
+    assert len(bench.receive()) == 1
 
 
 def test_strangers_between_a_peers_packets(bench: Bench) -> None:

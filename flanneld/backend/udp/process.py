@@ -180,7 +180,7 @@ class TunnelProcess:
         return Counters.decode(self._command(iter([Message(Op.STATISTICS, number)]), number))
 
     def dispatch(self) -> None:
-        """Log what the tunnel has to say; does not wait."""
+        """Log what the tunnel has to say; does not wait. Raises TunnelError."""
         while True:
             try:
                 data = self._control.recv(control.LONGEST_MESSAGE, socket.MSG_DONTWAIT)
@@ -188,7 +188,10 @@ class TunnelProcess:
                 return
             if not data:
                 return
-            self._take(Message.decode(data))
+            try:
+                self._take(Message.decode(data))
+            except control.BadMessage as error:
+                raise self._failed(str(error)) from error
 
     def poll(self) -> Exit | None:
         """Return why it has ended, None while it runs."""

@@ -28,7 +28,7 @@ from flanneld.backend.udp.tun import UDP_GRO
 
 SLOTS = 64
 # Shapes of batches remembered.
-_BATCHES = 256
+_BATCHES = 64
 # An IP and a UDP header, and anything in it.
 _LEAST = 29
 # More batches in a row would let the TUN device's queue run over.
@@ -95,6 +95,10 @@ class Receiver:
             except BlockingIOError:
                 more = False
                 break
+            except OSError:
+                # About something sent earlier, or no memory: reading it has cleared it.
+                batches += 1
+                continue
             batch = _size_of_each(control)
             alone = 0 < batch < length or length >= stride
             if first < count and (alone or length != size or address[0] != sender):

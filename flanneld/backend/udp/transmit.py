@@ -44,7 +44,7 @@ _OUTS = 4
 # A super-packet's payload and a header, at most 120 bytes and one to make it even, for each row.
 _OUT_BYTES = LONGEST_PACKET + segment.ROWS * 122
 # Shapes of super-packets remembered.
-_CUTS = 256
+_CUTS = 128
 # After a packet was too big for the path, the path may have changed.
 _TOO_BIG_SECONDS = 10.0
 
@@ -270,20 +270,21 @@ class Transmitter:
                 other = peer is not self._peer or size != self._size
                 if self._rows and (other or len(self._waiting) >= _OUTS - 1):
                     self.flush()
-                key = (begin, length, gso, header, kind, first, self._next_out)
+                key = (begin, length, gso, start, header, protocol, first, self._next_out)
                 cut = self._cuts.get(key)
                 if cut is None:
-                    cut = self._new_cut(key, start, protocol)
+                    cut = self._new_cut(key)
                 rows = cut.run()
                 counters.tun_read_packets += rows.number
                 first = cut.end
-                self._peer, self._size, self._flags_at = peer, size, start + 13
+                self._peer, self._size = peer, size
+                self._flags_at = start + 13 if protocol == TCP else 0
                 self._send_cut(rows)
         except segment.BadSuperPacket:
             counters.drop_malformed += 1
 
-    def _new_cut(self, key: tuple[int, ...], start: int, protocol: int) -> segment.Cut:
-        begin, length, gso, header, _, first, out = key
+    def _new_cut(self, key: tuple[int, ...]) -> segment.Cut:
+        begin, length, gso, start, header, protocol, first, out = key
         cut = segment.Cut(
             self._array[begin : begin + length - VNET_LEN],
             start=start,
@@ -324,8 +325,8 @@ class Transmitter:
                 self.flush()
             begin = end
         # Without PSH the sender has more, and fills a super-packet: it is not waiting for this.
-        at_flags = (count - 1) * size + self._flags_at
-        self.may_wait = count > limit and self._rows > 0 and not out[at_flags] & PSH
+        if self._flags_at and count > limit and self._rows:
+            self.may_wait = not out[(count - 1) * size + self._flags_at] & PSH
 
     def flush(self) -> None:
         """Send the rows that wait."""
