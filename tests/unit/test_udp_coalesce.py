@@ -128,7 +128,7 @@ def change(draw: st.DrawFn, packet: bytes) -> bytes:
     if what == "flip":
         data[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
     elif what == "flags" and data[9] == TCP:
-        data[33] = draw(st.integers(0, 255))
+        data[33] = draw(st.sampled_from([0x10, 0x18, 0x18, 0x11, 0x50, 0x90, 0x02, 0x00]))
         return reference.with_checksums(bytes(data))
     elif what == "header":
         # TOS, id, fragment, TTL, addresses, ports, sequence, ack..., with right checksums.
@@ -215,6 +215,45 @@ def test_what_is_dropped_is_counted() -> None:
     assert not device.frames
     assert device.expired == [dying]
     assert device.counters.drops == Counters(drop_ttl=1, drop_malformed=3, drop_not_ipv4=1).drops
+
+
+# Every byte of the headers that tells packets apart, and in TCP the options' too.
+@pytest.mark.parametrize(
+    ("protocol", "at"),
+    [(p, at) for p in (TCP, UDP) for at in (1, 6, 8, 12, 15, 16, 19, 20, 21, 22, 23)]
+    + [(TCP, at) for at in (24, 27, 28, 31, 33, 34, 35, 38, 39, 40, 51)],
+)
+def test_another_header_in_the_middle(protocol: int, at: int) -> None:
+    packets = flow(protocol, [100] * 24, options=bytes(12))
+    for number in range(9, 17):
+        changed = bytearray(packets[number])
+        changed[at] ^= 0x08
+        packets[number] = reference.with_checksums(bytes(changed))
+    device = Device()
+    device.take(packets, in_rows=True)
+    check(packets, device)
+    assert len(device.frames) > 1
+
+
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+def test_shorter_packets_after_longer_ones(protocol: int) -> None:
+    packets = flow(protocol, [100] * 8 + [60] * 8 + [100] * 8 + [120] * 8)
+    device = Device()
+    device.take(packets, in_rows=True)
+    check(packets, device)
+
+
+@pytest.mark.parametrize("pushed", [{7}, {0}, {23}, {3, 4, 5}, {0, 23}, set(range(24))])
+def test_what_is_pushed_is_written(pushed: set[int]) -> None:
+    packets = flow(TCP, [100] * 24)
+    for number in pushed:
+        data = bytearray(packets[number])
+        data[33] |= reference.PSH
+        packets[number] = reference.with_checksums(bytes(data))
+    device = Device()
+    device.take(packets, in_rows=True)
+    check(packets, device)
+    assert len(device.frames) == len(pushed) + (23 not in pushed)
 
 
 def test_switched_off_nothing_is_joined() -> None:
