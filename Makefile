@@ -13,7 +13,7 @@ PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nse
 	openssl:openssl gcc:gcc
 HEADERS := libc6-dev python3-dev python3-venv
 
-.PHONY: help install packages demo test lint unit netns bench-vxlan clean
+.PHONY: help install packages demo test lint unit netns bench-vxlan soak-udp bench-udp clean
 
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
@@ -24,6 +24,8 @@ help:
 	@echo "make unit      unit tests only (no root, no network)"
 	@echo "make netns     the tests on the real kernel only (root)"
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
+	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
+	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
 	@echo "make clean     remove $(VENV) and everything that was built"
 
 install: $(STAMP)
@@ -63,6 +65,12 @@ unit: $(STAMP)
 
 netns: $(STAMP)
 	$(BIN)/pytest tests/netns
+
+soak-udp: $(STAMP)
+	FLANNEL_UDP_MB=2000 $(BIN)/pytest tests/netns/test_udp_tunnel.py -k much_data
+
+bench-udp: $(STAMP)
+	$(BIN)/python -m bench.udp_tunnel
 
 test: lint
 	$(BIN)/pytest tests

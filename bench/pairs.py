@@ -1,0 +1,109 @@
+"""Pairs of hosts, each connected in another way, with a container on each host."""
+
+import fcntl
+import os
+import socket
+import struct
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lab.namespaces import Container, Host, Lab
+from lab.process import run
+from lab.tunnel import MTU, PORT, HostTunnel, configure, connect, container_of, route_to, subnet_of
+
+# The C loop on both hosts; ours; ours to the C loop and back; what the kernel can do.
+KINDS = ("c", "ours", "ours-c", "c-ours", "vxlan", "routing")
+_HERE = Path(__file__).parent
+# linux/if_tun.h
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+
+
+@dataclass
+class Pair:
+    """Two hosts. Data flows from the first container to the second."""
+
+    containers: list[Container] = field(default_factory=list)
+    pids: list[int] = field(default_factory=list)
+    tunnels: list[HostTunnel] = field(default_factory=list)
+
+
+def build(directory: Path) -> tuple[Path, Path]:
+    """Compile the traffic generator and the C loop."""
+    results = []
+    for name in ("traffic", "udp_proxy"):
+        output = directory / name
+        run(["gcc", "-O2", "-Wall", "-o", str(output), str(_HERE / f"{name}.c")])
+        results.append(output)
+    return results[0], results[1]
+
+
+def make_pair(lab: Lab, kind: str, proxy: Path) -> Pair:
+    """Add two hosts to the lab and connect them."""
+    hosts = [lab.add_host(), lab.add_host()]
+    pair = Pair()
+    if kind in ("vxlan", "routing"):
+        for host, other in (hosts, hosts[::-1]):
+            _connect_by_kernel(host, other, kind)
+        mtu = 1450 if kind == "vxlan" else 1500
+    else:
+        mtu = MTU
+        ours = {"c": (), "ours": (0, 1), "ours-c": (0,), "c-ours": (1,)}[kind]
+        for side, host in enumerate(hosts):
+            if side in ours:
+                pair.tunnels.append(HostTunnel(host))
+                pair.pids.append(pair.tunnels[-1].process.pid)
+            else:
+                pair.pids.append(_start_proxy(host, hosts[1 - side], proxy).pid)
+        connect(hosts, pair.tunnels)
+    pair.containers = [container_of(host, mtu) for host in hosts]
+    for one, two in (pair.containers, pair.containers[::-1]):
+        if one.ping(two.address, count=3).received == 0:
+            raise RuntimeError(f"{kind}: no connection")
+    return pair
+
+
+def _connect_by_kernel(host: Host, other: Host, kind: str) -> None:
+    subnet = subnet_of(other)
+    if kind == "routing":
+        host.ip(f"route add {subnet} via {other.address}")
+        return
+    mac, other_mac = (f"02:98:00:00:00:{h.number:02x}" for h in (host, other))
+    gateway = subnet.network_address
+    host.ip(
+        f"link add flannel.1 address {mac} type vxlan id 1 local {host.address} dev eth0"
+        " dstport 8472 nolearning",
+        f"addr add 10.5.{host.number}.0/32 dev flannel.1",
+        "link set flannel.1 up",
+        f"neigh add {gateway} lladdr {other_mac} dev flannel.1 nud permanent",
+        f"route add {subnet} via {gateway} dev flannel.1 onlink",
+    )
+    run(
+        f"bridge -n {host.name} fdb add {other_mac} dev flannel.1 dst {other.address}"
+        " self permanent".split()
+    )
+
+
+def _start_proxy(host: Host, other: Host, proxy: Path) -> subprocess.Popen[bytes]:
+    """Start the C loop, with a TUN device and a socket as the original has them."""
+    tun, udp = host.inside(lambda: _open(host))
+    configure(host, "flannel0")
+    route = route_to(other)
+    target = (route.subnet.network_address, route.subnet.netmask, route.public_ip, PORT)
+    process = subprocess.Popen(
+        [proxy, *map(str, (tun, udp.fileno(), *target))],
+        pass_fds=[tun, udp.fileno()],
+        stdin=subprocess.DEVNULL,
+    )
+    host.lab.processes.append(process)
+    os.close(tun)
+    udp.close()
+    return process
+
+
+def _open(host: Host) -> tuple[int, socket.socket]:
+    tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", b"flannel0", _IFF_TUN | _IFF_NO_PI))
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    udp.bind((str(host.address), PORT))
+    return tun, udp

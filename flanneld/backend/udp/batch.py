@@ -1,0 +1,145 @@
+"""Received packets of one size, looked at all at once."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flanneld.backend.udp.packet import IP_HEADER, PSH, TCP, UDP, pseudo
+from flanneld.backend.udp.segment import Bytes
+
+# The most packets in a `Batch`.
+ROWS = 128
+# Below this many packets numpy's fixed cost is more than a loop's.
+FEW = 4
+# The part of the headers that is compared: IP and TCP with all options.
+_HEAD = 80
+
+_MODULUS = np.uint32(65535)
+_NOWHERE = np.zeros(0, np.intp)
+
+
+def _mask(protocol: int, header: int) -> Bytes:
+    """Return which bytes of the headers must be equal in packets that are joined."""
+    mask = np.zeros(_HEAD, np.uint8)
+    mask[:header] = 0xFF
+    mask[4:6] = mask[10:12] = 0  # IP id, header checksum
+    if protocol == TCP:
+        mask[24:28] = mask[36:38] = 0  # sequence number, checksum
+        mask[33] = 0xFF & ~PSH
+    else:
+        mask[26:28] = 0  # checksum
+    return mask
+
+
+_MASKS = {
+    (protocol, header): _mask(protocol, header).view(np.uint64)
+    for protocol, headers in ((TCP, range(40, 81, 4)), (UDP, (28,)))
+    for header in headers
+}
+
+
+class Batch:
+    """Received packets of one size in memory, with all views of it made beforehand.
+
+    ``memory`` begins with the first packet, whose address is even if ``size`` is; there are
+    ``count`` of them, at most ROWS, ``stride`` bytes apart. The same object serves all batches of
+    this shape in the same place.
+    """
+
+    def __init__(self, memory: Bytes, count: int, size: int, stride: int) -> None:
+        self.count = count
+        self.size = size
+        self.rows = memory[: count * stride].reshape(count, stride)
+        self.fresh = True
+        """New packets have come since the sums were computed."""
+        self._view = memory.data
+        self._stride = stride
+        # An odd last byte is summed with a zero beside it, of which packets in a row have none.
+        self._padded = np.zeros((count, size + 1), np.uint8) if size & 1 else None
+        source = self.rows[:, :size] if self._padded is None else self._padded
+        self._pairs = source.view(np.uint16)
+        width = min(_HEAD, size)
+        self._width_rows = self.rows[:, :width]
+        self._head = np.zeros((count, _HEAD), np.uint8)
+        self._width_head = self._head[:, :width]
+        words64 = self._head.view(np.uint64)
+        self._later, self._earlier = words64[1:], words64[:-1]
+        self._ip_pairs = self._head[:, :IP_HEADER].view(np.uint16)
+        self._sequences = self._head.view(np.uint32)[:, 6]
+        self._numbers = np.arange(count, dtype=np.uint32)
+        self._changed = np.zeros((count - 1, _HEAD // 8), np.uint64)
+        self._sums = np.zeros((2, count), np.uint32)
+        self._extra = np.zeros((2, 1), np.uint32)
+        # Nonzero where a sum or a sequence number is.
+        self._wrong = np.zeros((3, count), np.uint32)
+        self._udp_checksums = self._head.view(np.uint16)[:, 13]
+        self._step = 0
+        self._multiples = self._numbers
+        self._different: dict[int, NDArray[np.intp]] = {}
+        self._summed = False
+
+    def packet(self, row: int) -> memoryview:
+        """Return a packet."""
+        at = row * self._stride
+        return self._view[at : at + self.size]
+
+    def run(self, at: int, protocol: int, header: int) -> int:
+        """Return the end of the packets from ``at`` on whose headers are like its own.
+
+        In TCP the last one may have PSH and the others not.
+        """
+        if self.fresh:
+            self.fresh = self._summed = False
+            self._different.clear()
+            self._width_head[...] = self._width_rows
+        kind = header if protocol == TCP else 0
+        where = self._different.get(kind)
+        if where is None:
+            np.bitwise_xor(self._later, self._earlier, out=self._changed)
+            np.bitwise_and(self._changed, _MASKS[protocol, header], out=self._changed)
+            where = _NOWHERE
+            if np.count_nonzero(self._changed):
+                where = np.flatnonzero(self._changed.any(axis=1))
+            self._different[kind] = where
+        end = self.count
+        if len(where):
+            later = where[int(where.searchsorted(at)) :]
+            if len(later):
+                end = int(later[0]) + 1
+        # The mask leaves PSH to be looked at here.
+        if protocol == TCP and end - at > 1:
+            pushed = self._head[at : end - 1, 33] & PSH
+            if np.count_nonzero(pushed):
+                end = at + 1 + int(pushed.argmax())
+        return end
+
+    def is_intact(self, at: int, end: int, first: memoryview, header: int) -> bool:
+        """Return whether all checksums are right and the sequence numbers follow each other."""
+        if not self._summed:
+            self._summed = True
+            if self._padded is not None:
+                self._padded[:, : self.size] = self.rows[:, : self.size]
+            np.add.reduce(self._pairs, axis=1, dtype=np.uint32, out=self._sums[0])
+            np.add.reduce(self._ip_pairs, axis=1, dtype=np.uint32, out=self._sums[1])
+        # The IP header's own sum is zero, so the row's is that of what follows it.
+        self._extra[0, 0] = pseudo(first[12:20], first[9], self.size - IP_HEADER)
+        sums, wrong, sequences = self._sums, self._wrong, self._sequences
+        if end - at < self.count:
+            sums, wrong = sums[:, at:end], wrong[:, at:end]
+            sequences = sequences[at:end]
+        np.add(sums, self._extra, out=wrong[:2])
+        np.remainder(wrong[:2], _MODULUS, out=wrong[:2])
+        if first[9] == TCP:
+            begin = int.from_bytes(first[24:28], "big")
+            expected = self._steps(size=self.size - header)[: end - at] + np.uint32(begin)
+            np.bitwise_xor(expected.byteswap(inplace=True), sequences, out=wrong[2])
+            return not np.count_nonzero(wrong)
+        # A UDP checksum of 0 means that there is none.
+        summed = np.count_nonzero(self._udp_checksums[at:end])
+        return not np.count_nonzero(wrong[:2]) and summed == end - at
+
+    def _steps(self, size: int) -> NDArray[np.uint32]:
+        """Return multiples of the payload's size, which is what sequence numbers grow by."""
+        if size != self._step:
+            self._step = size
+            self._multiples = self._numbers * np.uint32(size)
+        return self._multiples

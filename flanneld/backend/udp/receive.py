@@ -1,0 +1,210 @@
+"""From the peers to the TUN device."""
+
+import errno
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from flanneld.backend.udp import segment
+from flanneld.backend.udp.batch import FEW, ROWS, Batch
+from flanneld.backend.udp.coalesce import Admit, Coalescer
+from flanneld.backend.udp.counters import Counters
+from flanneld.backend.udp.packet import (
+    GSO_TCPV4,
+    IP_HEADER,
+    LONGEST_PACKET,
+    TCP,
+    UDP,
+    VNET_LEN,
+    VNET_PLAIN,
+    Buffer,
+)
+from flanneld.backend.udp.peers import RouteTable
+from flanneld.backend.udp.tun import UDP_GRO
+
+SLOTS = 64
+# Shapes of batches remembered.
+_BATCHES = 64
+# An IP and a UDP header, and anything in it.
+_LEAST = 29
+# More batches in a row would let the TUN device's queue run over.
+_BATCHES_IN_A_TURN = 8
+_SIZE = struct.Struct("=i")
+_CONTROL_BYTES = socket.CMSG_SPACE(_SIZE.size)
+
+
+def _anybody(_source: bytes) -> bool:
+    return True
+
+
+class Receiver:
+    """Receives datagrams from the peers and writes what is in them to the TUN device.
+
+    ``join_tcp``, ``join_udp``: whether the device is given super-packets; switched off, and said,
+    when it refuses them.
+    """
+
+    def __init__(
+        self,
+        tun: int,
+        udp: socket.socket,
+        routes: RouteTable,
+        counters: Counters,
+        *,
+        mtu: int,
+        source_check: bool,
+        join_tcp: bool,
+        join_udp: bool,
+        expired: Callable[[memoryview], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._tun = tun
+        self._udp = udp
+        self._routes = routes
+        self._counters = counters
+        self._source_check = source_check
+        self._say = say
+        self._coalescer = Coalescer(self._write, expired, counters)
+        self._coalescer.tcp = join_tcp
+        self._coalescer.udp = join_udp
+        self._stride = min(16384, (mtu + 64) // 64 * 64)
+        self._arena = bytearray(SLOTS * self._stride + LONGEST_PACKET + 1)
+        self._view = memoryview(self._arena)
+        self._array = np.frombuffer(self._arena, np.uint8)
+        self._slots = [[self._view[slot * self._stride :]] for slot in range(SLOTS)]
+        self._batches: dict[tuple[int, int, int, int], Batch] = {}
+
+    def turn(self, limit: int = SLOTS) -> bool:
+        """Receive and write some packets, ``limit`` calls. Returns whether there may be more.
+
+        Raises OSError when the TUN device is gone.
+        """
+        receive, slots, stride = self._udp.recvmsg_into, self._slots, self._stride
+        # Slots from first up to count hold packets of one size from one sender.
+        first = count = size = batches = 0
+        sender = ""
+        admit: Admit | None = None
+        more = True
+        while count < limit and batches < _BATCHES_IN_A_TURN:
+            try:
+                length, control, _, address = receive(slots[count], _CONTROL_BYTES)
+            except BlockingIOError:
+                more = False
+                break
+            except OSError:
+                # About something sent earlier, or no memory: reading it has cleared it.
+                batches += 1
+                continue
+            batch = _size_of_each(control)
+            alone = 0 < batch < length or length >= stride
+            if first < count and (alone or length != size or address[0] != sender):
+                self._take(first * stride, count - first, size=size, stride=stride, admit=admit)
+                first = count
+            if address[0] != sender:
+                sender = address[0]
+                admit = self._admit(sender)
+            packets = -(-length // batch) if 0 < batch < length else 1
+            self._counters.udp_receive_calls += 1
+            self._counters.udp_received_packets += packets
+            self._counters.udp_received_bytes += length
+            if admit is None:
+                self._counters.drop_unknown_peer += packets
+            elif alone:
+                batches += 1
+                self._take_batch(count * stride, length, batch or length, admit)
+                first = count = 0
+            elif limit == 1:
+                # Whoever asks for one packet waits for it.
+                self._coalescer.add(self._view[:length], admit, join=False)
+                break
+            else:
+                size, count = length, count + 1
+        self._take(first * stride, count - first, size=size, stride=stride, admit=admit)
+        return more
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        self._coalescer.flush()
+
+    def _admit(self, sender: str) -> Admit | None:
+        """Return what decides on inner sources from this sender, None for a stranger."""
+        if not self._source_check:
+            return _anybody
+        if not self._routes.knows(sender):
+            return None
+        lookup = self._routes.lookup
+
+        def is_of_sender(source: bytes) -> bool:
+            peer = lookup(source)
+            return peer is not None and peer.ip == sender
+
+        return is_of_sender
+
+    def _take_batch(self, at: int, length: int, size: int, admit: Admit) -> None:
+        """Take what one call received: packets of one size, the last may be shorter."""
+        full = length // size
+        self._take(at, full, size=size, stride=size, admit=admit)
+        if full * size < length:
+            self._coalescer.add(self._view[at + full * size : at + length], admit)
+
+    def _take(self, at: int, count: int, *, size: int, stride: int, admit: Admit | None) -> None:
+        """Take packets of one size, ``stride`` bytes apart."""
+        if count <= 0 or admit is None:
+            return
+        if count < FEW or size < _LEAST:
+            for begin in range(at, at + count * stride, stride):
+                self._coalescer.add(self._view[begin : begin + size], admit)
+            return
+        for first in range(0, count, ROWS):
+            key = (at + first * stride, min(ROWS, count - first), size, stride)
+            batch = self._batches.get(key)
+            if batch is None:
+                if len(self._batches) >= _BATCHES:
+                    self._batches.clear()
+                batch = self._batches[key] = Batch(self._array[key[0] :], *key[1:])
+            self._coalescer.add_rows(batch, admit)
+
+    # The TUN device
+
+    def _write(self, frame: Sequence[Buffer], packets: int) -> None:
+        try:
+            written = os.writev(self._tun, frame)
+        except OSError as error:
+            self._write_failed(error, frame, packets)
+            return
+        self._counters.tun_write_calls += 1
+        self._counters.tun_written_packets += packets
+        self._counters.tun_written_bytes += written - VNET_LEN
+
+    def _write_failed(self, error: OSError, frame: Sequence[Buffer], packets: int) -> None:
+        if error.errno == errno.EBADFD:
+            raise error
+        # A kernel that knows no such super-packet says EINVAL; EIO is a device that is down.
+        if error.errno != errno.EINVAL or packets == 1:
+            self._counters.drop_tun_write += packets
+            return
+        whole = np.frombuffer(frame[0], np.uint8)
+        tcp = whole[1] == GSO_TCPV4
+        name = "TCP" if tcp else "UDP"
+        self._say(f"the TUN device takes no super-packets of {name}; writing one by one")
+        if tcp:
+            self._coalescer.tcp = False
+        else:
+            self._coalescer.udp = False
+        gso = int.from_bytes(whole[4:6].tobytes(), sys.byteorder)
+        out = np.zeros(2 * LONGEST_PACKET, np.uint8)
+        protocol, source = TCP if tcp else UDP, whole[VNET_LEN:]
+        for packet in segment.segment(source, IP_HEADER, protocol, gso, out):
+            self._write((VNET_PLAIN, packet), 1)
+
+
+def _size_of_each(control: Sequence[tuple[int, int, bytes]]) -> int:
+    """Return the size of the datagrams that were received in one call, 0 if it was one."""
+    for level, kind, data in control:
+        if level == socket.IPPROTO_UDP and kind == UDP_GRO and len(data) == _SIZE.size:
+            return int(_SIZE.unpack(data)[0])
+    return 0

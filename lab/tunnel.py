@@ -1,0 +1,110 @@
+"""The udp backend's tunnel on the lab's hosts, without a daemon.
+
+Each host gets the subnet 10.5.N.0/24, a TUN device with the network's length as flannel has it, and
+a tunnel that knows the other hosts.
+"""
+
+from collections.abc import Sequence
+from ipaddress import IPv4Network
+from typing import TYPE_CHECKING
+
+from flanneld.backend.udp.counters import Counters
+from flanneld.backend.udp.peers import PeerRoute
+from flanneld.backend.udp.process import Descriptors, TunnelProcess
+from flanneld.backend.udp.tun import ALL, Offload
+
+if TYPE_CHECKING:
+    from lab.namespaces import Container, Host
+
+PORT = 8285
+MTU = 1472
+
+
+def subnet_of(host: "Host") -> IPv4Network:
+    """The host's subnet."""
+    return IPv4Network(f"10.5.{host.number}.0/24")
+
+
+def route_to(host: "Host") -> PeerRoute:
+    """What the other hosts' tunnels are told about this one."""
+    return PeerRoute(subnet_of(host), host.address)
+
+
+def write_subnet_file(host: "Host", mtu: int = MTU) -> None:
+    """Write the file containers are started by."""
+    host.subnet_file.write_text(
+        f"FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.{host.number}.1/24\n"
+        f"FLANNEL_MTU={mtu}\nFLANNEL_IPMASQ=false\n"
+    )
+
+
+def configure(host: "Host", device: str, mtu: int = MTU) -> None:
+    """Give the TUN device its address, MTU and route."""
+    host.ip(
+        f"addr add 10.5.{host.number}.0/16 dev {device}",
+        f"link set {device} mtu {mtu} up",
+    )
+
+
+class HostTunnel:
+    """A tunnel on a host; ends with the lab at the latest. ``wanted`` leaves out offloads."""
+
+    def __init__(
+        self,
+        host: "Host",
+        *,
+        wanted: Offload = ALL,
+        source_check: bool = True,
+        mtu: int = MTU,
+    ) -> None:
+        self.host = host
+        self.mtu = mtu
+        self.wanted = wanted
+        self.source_check = source_check
+        self.descriptors = host.inside(lambda: Descriptors.open(host.address, PORT, wanted=wanted))
+        host.lab.when_closing(self.descriptors.close)
+        configure(host, self.descriptors.tun.name, mtu)
+        if not host.subnet_file.exists():
+            write_subnet_file(host, mtu)
+        self.process = self.start()
+        host.lab.when_closing(self.close)
+
+    def start(self) -> TunnelProcess:
+        """Start a process on the descriptors there are."""
+        self.process = TunnelProcess(
+            self.descriptors, port=PORT, mtu=self.mtu, source_check=self.source_check
+        )
+        return self.process
+
+    def reopen_tun(self) -> None:
+        """Make the deleted device anew."""
+        self.host.inside(lambda: self.descriptors.reopen_tun(wanted=self.wanted))
+        configure(self.host, self.descriptors.tun.name, self.mtu)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.close()
+
+    @property
+    def counters(self) -> Counters:
+        """Its statistics."""
+        return self.process.statistics()
+
+    def rss_kb(self) -> int:
+        """Resident memory of the process in KiB."""
+        with open(f"/proc/{self.process.pid}/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmRSS:"))
+
+
+def connect(hosts: Sequence["Host"], tunnels: Sequence[HostTunnel]) -> None:
+    """Tell every tunnel the other hosts."""
+    for tunnel in tunnels:
+        tunnel.process.wait_ready()
+        tunnel.process.replace_peers(route_to(host) for host in hosts if host is not tunnel.host)
+
+
+def container_of(host: "Host", mtu: int = MTU) -> "Container":
+    """One more container on the host."""
+    if not host.subnet_file.exists():
+        write_subnet_file(host, mtu)
+    return host.add_container()

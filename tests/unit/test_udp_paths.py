@@ -1,0 +1,361 @@
+"""The tunnel's two paths with a device and a socket that refuse things."""
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+import udp_reference as reference
+from test_udp_coalesce import flow
+from test_udp_segment import super_packet
+
+from flanneld.backend.udp.counters import Counters
+from flanneld.backend.udp.packet import NEEDS_CSUM, VNET, VNET_PLAIN
+from flanneld.backend.udp.peers import PeerRoute, RouteTable
+from flanneld.backend.udp.receive import Receiver
+from flanneld.backend.udp.transmit import Transmitter
+
+TCP, UDP = reference.TCP, reference.UDP
+PEER = ("10.97.0.2", 8285)
+
+
+@dataclass
+class Socket:
+    """A UDP socket: keeps what is sent, hands out what is to be received."""
+
+    refuse: Callable[[int, int], int] = lambda _size, _count: 0
+    """errno for a send of packets of this size, so many at once; 0 lets it pass."""
+    sent: list[bytes] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
+    incoming: list[tuple[bytes, int, str]] = field(default_factory=list)
+    errors: list[int] = field(default_factory=list)
+
+    def sendmsg(
+        self, pieces: list[bytes], control: list[tuple[int, int, bytes]], _flags: int, to: object
+    ) -> int:
+        assert to == PEER
+        data = b"".join(pieces)
+        size = struct.unpack("=H", control[0][2])[0]
+        packets = [data[at : at + size] for at in range(0, len(data), size)]
+        assert len(packets) <= 64
+        assert len(data) <= 65507
+        self._pass(packets, size)
+        return len(data)
+
+    def sendto(self, packet: bytes, to: object) -> int:
+        assert to == PEER
+        self._pass([bytes(packet)], len(packet))
+        return len(packet)
+
+    def _pass(self, packets: list[bytes], size: int) -> None:
+        number = self.refuse(size, len(packets))
+        if number:
+            raise OSError(number, os.strerror(number))
+        self.sent += packets
+        self.calls.append(len(packets))
+
+    def recvmsg_into(
+        self, buffers: list[memoryview], _size: int
+    ) -> tuple[int, list[tuple[int, int, bytes]], int, tuple[str, int]]:
+        if not self.incoming:
+            raise BlockingIOError
+        if self.errors:
+            raise OSError(self.errors.pop(), "an error")
+        data, size, sender = self.incoming.pop(0)
+        buffers[0][: len(data)] = data
+        control = [(socket.IPPROTO_UDP, 104, struct.pack("=i", size))] if size else []
+        return len(data), control, 0, (sender, 1234)
+
+
+class Bench:
+    """Both paths between a fake device (one message is one packet) and a fake socket."""
+
+    def __init__(self, *, segments: bool = True, source_check: bool = True) -> None:
+        self.udp = Socket()
+        self.said: list[str] = []
+        self.answers: list[tuple[tuple[int, int], bytes]] = []
+        self.counters = Counters()
+        self.kernel, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.ours = ours
+        for end in (self.kernel, ours):
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        routes = RouteTable(8285)
+        routes.set([PeerRoute(IPv4Network("10.5.2.0/24"), IPv4Address(PEER[0]))])
+        self.transmitter = Transmitter(
+            ours.fileno(), self.udp, routes, self.counters,  # type: ignore[arg-type]  # a fake
+            mtu=1472, segments=segments, say=self.said.append,
+            answer=lambda kind, packet: self.answers.append((kind, bytes(packet))),
+        )  # fmt: skip
+        self.receiver = Receiver(
+            ours.fileno(), self.udp, routes, self.counters,  # type: ignore[arg-type]  # a fake
+            mtu=1472, source_check=source_check, join_tcp=True, join_udp=True,
+            expired=lambda packet: self.answers.append(((11, 0), bytes(packet))),
+            say=self.said.append,
+        )  # fmt: skip
+
+    def transmit(self, *frames: bytes) -> None:
+        for frame in frames:
+            self.kernel.send(frame)
+            if len(frame) > 9000:
+                self.transmitter.turn()
+        while self.transmitter.turn():
+            pass
+        self.transmitter.flush()
+
+    def receive(self) -> list[bytes]:
+        while self.receiver.turn():
+            pass
+        self.receiver.flush()
+        written = []
+        while True:
+            try:
+                written.append(self.kernel.recv(70_000))
+            except BlockingIOError:
+                return written
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.kernel.close()
+    made.ours.close()
+
+
+def tso(packet: bytes, gso: int) -> bytes:
+    """A super-packet as it is read from the device."""
+    kind, offset = (1, 16) if packet[9] == TCP else (5, 6)
+    return VNET.pack(NEEDS_CSUM, kind, 0, gso, 20, offset) + packet
+
+
+def routed(packet: bytes) -> bytes:
+    """A packet after a hop, with its checksums right."""
+    return reference.with_ip_checksum(packet[:8] + bytes([packet[8] - 1]) + packet[9:])
+
+
+def expected(packets: list[bytes], gso: int) -> list[bytes]:
+    return [routed(piece) for packet in packets for piece in reference.segment(packet, gso)]
+
+
+SUPERS = [super_packet(TCP, bytes([n]) * 63_900, identity=n, sequence=n * 63_900) for n in range(4)]
+
+
+@pytest.mark.parametrize("gso", [1420, 1419, 500, 100])
+def test_super_packets_are_cut_in_order(bench: Bench, gso: int) -> None:
+    bench.transmit(*(tso(packet, gso) for packet in SUPERS))
+    assert bench.udp.sent == expected(SUPERS, gso)
+    assert bench.counters.tun_read_packets == bench.counters.udp_sent_packets
+
+
+def test_super_packets_of_equal_length_with_other_headers(bench: Bench) -> None:
+    payload = bytes(range(250)) * 20
+    packets = [
+        super_packet(TCP, payload, tcp_options=bytes(4)),
+        super_packet(TCP, payload, ip_options=bytes([1, 1, 1, 0])),
+        super_packet(TCP, payload + bytes(4)),
+        super_packet(UDP, payload + bytes(16)),
+    ]
+    starts = (20, 24, 20, 20)
+    frames = []
+    for packet, start in zip(packets, starts, strict=True):
+        kind, offset = (1, 16) if packet[9] == TCP else (5, 6)
+        frames.append(VNET.pack(NEEDS_CSUM, kind, 0, 1000, start, offset) + packet)
+    bench.transmit(*frames, *frames)
+    assert bench.udp.sent == expected(packets, 1000) * 2
+
+
+def test_what_is_left_over_goes_with_the_next(bench: Bench) -> None:
+    # 45 rows each, of which 44 fit into a datagram's 65507 bytes: 180 rows in 5 calls.
+    bench.transmit(*(tso(packet, 1420) for packet in SUPERS))
+    assert bench.udp.calls == [44, 44, 44, 44, 4]
+
+
+def test_only_the_rest_of_a_long_unfinished_super_packet_may_wait(bench: Bench) -> None:
+    def may_wait(packet: bytes) -> bool:
+        bench.kernel.send(tso(packet, 1420))
+        bench.transmitter.turn()
+        waits = bench.transmitter.may_wait
+        bench.transmitter.flush()
+        assert not bench.transmitter.may_wait
+        return waits
+
+    assert may_wait(super_packet(TCP, bytes(1420 * 45)))
+    assert not may_wait(super_packet(TCP, bytes(1420 * 45), flags=0x18))
+    assert not may_wait(super_packet(TCP, bytes(1420 * 44)))
+    assert not may_wait(super_packet(TCP, bytes(1420 * 10)))
+    assert not may_wait(super_packet(UDP, bytes(1420 * 45)))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL, errno.EOPNOTSUPP])
+def test_without_udp_segment_one_by_one(bench: Bench, number: int) -> None:
+    bench.udp.refuse = lambda _, count: number if count > 1 else 0
+    plain = [VNET_PLAIN + packet for packet in flow(UDP, [100] * 20)]
+    bench.transmit(*plain, *(tso(packet, 1420) for packet in SUPERS))
+    wanted = [reference.less_ttl(frame[10:]) for frame in plain] + expected(SUPERS, 1420)
+    assert bench.udp.sent == wanted
+    assert set(bench.udp.calls) == {1}
+    assert len(bench.said) == 1
+    assert "one by one" in bench.said[0]
+    assert not bench.transmitter.segments
+
+
+def test_packets_too_big_for_the_path_go_one_by_one(bench: Bench) -> None:
+    bench.udp.refuse = lambda size, count: errno.EMSGSIZE if count > 1 and size > 1000 else 0
+    small = [VNET_PLAIN + packet for packet in flow(UDP, [100] * 20)]
+    bench.transmit(*(tso(packet, 1420) for packet in SUPERS), *small)
+    wanted = expected(SUPERS, 1420) + [reference.less_ttl(frame[10:]) for frame in small]
+    assert bench.udp.sent == wanted
+    assert bench.udp.calls == [1] * 180 + [20]
+    assert len(bench.said) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "counter"),
+    [
+        (errno.EAGAIN, "drop_send_full"),
+        (errno.ENETUNREACH, "drop_send_failed"),
+        (errno.EPERM, "drop_send_failed"),
+        (errno.ENOBUFS, "drop_send_failed"),
+    ],
+)
+def test_what_cannot_be_sent_is_counted(bench: Bench, number: int, counter: str) -> None:
+    bench.udp.refuse = lambda _size, _count: number
+    bench.transmit(VNET_PLAIN + flow(UDP, [9])[0], *(tso(packet, 1420) for packet in SUPERS))
+    assert not bench.udp.sent
+    assert getattr(bench.counters, counter) == 181
+    assert not bench.said
+
+
+def test_unfinished_checksums_are_finished(bench: Bench) -> None:
+    packets = flow(UDP, [100] * 10) + flow(TCP, [333] * 10) + flow(UDP, [7])
+    frames = []
+    for packet in packets:
+        offset = 16 if packet[9] == TCP else 6
+        pseudo = packet[12:20] + struct.pack("!BBH", 0, packet[9], len(packet) - 20)
+        at = 20 + offset
+        unfinished = packet[:at] + struct.pack("!H", reference.ones_sum(pseudo)) + packet[at + 2 :]
+        frames.append(VNET.pack(NEEDS_CSUM, 0, 0, 0, 20, offset) + unfinished)
+    bench.transmit(*frames)
+    assert bench.udp.sent == [reference.less_ttl(packet) for packet in packets]
+    assert bench.udp.calls == [10, 10, 1]
+
+
+def test_what_is_answered_and_dropped(bench: Bench) -> None:
+    packet = flow(UDP, [100])[0]
+    lost = reference.with_checksums(packet[:16] + bytes((10, 5, 9, 9)) + packet[20:])
+    dying = reference.with_ip_checksum(packet[:8] + b"\x01" + packet[9:])
+    bench.transmit(*(VNET_PLAIN + p for p in (lost, dying, b"\x60" + bytes(60), b"E", packet)))
+    assert bench.answers == [((3, 0), lost), ((11, 0), dying)]
+    assert bench.udp.sent == [reference.less_ttl(packet)]
+    drops = {name: count for name, count in bench.counters.drops.items() if count}
+    assert drops == {"no_route": 1, "ttl": 1, "not_ipv4": 1, "malformed": 1}
+
+
+def test_rubbish_headers_of_super_packets_are_dropped(bench: Bench) -> None:
+    packet = SUPERS[0][:3000]
+    for vnet in ((1, 1, 0, 0, 20, 16), (1, 1, 0, 9, 24, 16), (1, 3, 0, 9, 20, 16)):
+        bench.transmit(VNET.pack(*vnet) + packet)
+    assert not bench.udp.sent
+    assert bench.counters.drop_malformed == 3
+
+
+def incoming(packets: list[bytes], sender: str = PEER[0]) -> list[tuple[bytes, int, str]]:
+    return [(b"".join(packets), len(packets[0]), sender)]
+
+
+def from_peer(packets: list[bytes]) -> list[bytes]:
+    """The same packets with a source in the peer's subnet."""
+    return [
+        reference.with_checksums(p[:12] + bytes((10, 5, 2, 7, 10, 5, 1, 2)) + p[20:])
+        for p in packets
+    ]
+
+
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+@pytest.mark.parametrize("size", [500, 501])
+def test_batches_are_joined(bench: Bench, protocol: int, size: int) -> None:
+    packets = from_peer(flow(protocol, [size] * 30 + [13]))
+    bench.udp.incoming = incoming(packets)
+    (frame,) = bench.receive()
+    again = reference.segment(frame[10:], size)
+    assert [p[12:] for p in again] == [p[12:] for p in packets]
+    assert bench.counters.udp_received_packets == bench.counters.tun_written_packets == 31
+
+
+def test_single_datagrams_are_joined_too(bench: Bench) -> None:
+    packets = from_peer(flow(TCP, [1001] * 40))
+    bench.udp.incoming = [(packet, 0, PEER[0]) for packet in packets]
+    (frame,) = bench.receive()
+    assert [p[12:] for p in reference.segment(frame[10:], 1001)] == [p[12:] for p in packets]
+
+
+def test_errors_of_the_socket_do_not_matter(bench: Bench) -> None:
+    bench.udp.incoming = incoming(from_peer(flow(TCP, [100] * 12)))
+    bench.udp.errors = [errno.ECONNREFUSED, errno.ENOBUFS] * 20
+    assert len(bench.receive()) == 1
+
+
+def test_strangers_between_a_peers_packets(bench: Bench) -> None:
+    packets = from_peer(flow(TCP, [100] * 12))
+    bench.udp.incoming = [(packet, 0, PEER[0]) for packet in packets]
+    for at in (9, 6, 3, 0):
+        bench.udp.incoming.insert(at, (packets[0], 0, "10.97.0.77"))
+        bench.udp.incoming.insert(at, (flow(TCP, [100])[0], 0, PEER[0]))
+    (first, *rest) = bench.receive()
+    assert not rest
+    assert [p[12:] for p in reference.segment(first[10:], 100)] == [p[12:] for p in packets]
+    assert bench.counters.drop_unknown_peer == 4
+    assert bench.counters.drop_wrong_source == 4
+
+
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+def test_a_device_without_super_packets_gets_them_one_by_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, protocol: int
+) -> None:
+    write = os.writev
+
+    def writev(fd: int, parts: list[memoryview]) -> int:
+        if b"".join(parts)[1]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(fd, parts)
+
+    monkeypatch.setattr(os, "writev", writev)
+    packets = from_peer(flow(protocol, [500] * 30))
+    bench.udp.incoming = incoming(packets)
+    first = bench.receive()
+    bench.udp.incoming = incoming(packets)
+    second = bench.receive()
+    for written in (first, second):
+        assert [frame[:10] for frame in written] == [VNET_PLAIN] * 30
+        assert [frame[10:] for frame in written] == [reference.less_ttl(p) for p in packets]
+    assert len(bench.said) == 1
+    assert "one by one" in bench.said[0]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOBUFS])
+def test_what_the_device_does_not_take_is_counted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def writev(_fd: int, _parts: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "writev", writev)
+    bench.udp.incoming = incoming(from_peer(flow(TCP, [500] * 30)))
+    assert not bench.receive()
+    assert bench.counters.drop_tun_write == 30
+    assert not bench.said
+
+
+def test_a_device_that_is_gone_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def writev(_fd: int, _parts: object) -> int:
+        raise OSError(errno.EBADFD, "File descriptor in bad state")
+
+    monkeypatch.setattr(os, "writev", writev)
+    bench.udp.incoming = incoming(from_peer(flow(TCP, [500] * 30)))
+    with pytest.raises(OSError, match="bad state"):
+        bench.receive()
