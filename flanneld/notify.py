@@ -1,7 +1,11 @@
 """What systemd is told (sd_notify): READY, STATUS and STOPPING."""
 
+import select
+import time
 from collections.abc import MutableMapping
 from typing import Any
+
+from flanneld.clock import now
 
 # Seconds for a service manager that does not read.
 READY_PATIENCE = 2.0
@@ -34,9 +38,11 @@ class Notifier:
         This message alone is worth waiting for: without it the unit's start fails.
         """
         if self._notifier is not None and self._notifier.socket is not None:
-            self._notifier.socket.settimeout(READY_PATIENCE)
+            # Not by the socket's timeout: another thread may want to say goodbye meanwhile.
+            end = now() + READY_PATIENCE
+            while not self._has_room() and now() < end:
+                time.sleep(READY_PATIENCE / 100)
             self._send("READY=1")
-            self._notifier.socket.setblocking(False)
 
     def status(self, text: str) -> None:
         """Show one line in ``systemctl status``."""
@@ -49,6 +55,10 @@ class Notifier:
     def stopping(self) -> None:
         """Say that the daemon is on its way out."""
         self._send("STOPPING=1")
+
+    def _has_room(self) -> bool:
+        """Tell whether the service manager's queue takes one more message."""
+        return bool(select.select([], [self._notifier.socket], [], 0)[1])
 
     def _send(self, message: str) -> None:
         if self._notifier is not None:

@@ -217,13 +217,14 @@ class PeerNetwork:
         return list(put.values()), list(drop)
 
     def _keep_shared(self, put: dict[Slot, Entry], drop: dict[Slot, None]) -> None:
-        """Keep what another peer has in a slot to be dropped.
+        """Have the newest of several peers in a slot that is to be written or dropped.
 
         A host that got another subnet has two leases with the same MAC until the older one ends.
         """
         shared = {slot for slot in drop if self._users[slot] > 0}
         for slot in drop.keys() - shared:
             del self._users[slot]
+        shared |= {slot for slot in put if self._users[slot] > 1}
         if not shared:
             return
         for entry in self._entries():

@@ -33,6 +33,13 @@ def find_backend(name: str) -> Constructor:
     try:
         load = BACKENDS[name.lower()]
     except KeyError:
+        if name == "udp":
+            # Perhaps not a word of the operator's: it is what a config without Backend means.
+            raise BackendError(
+                "unknown backend type: udp, which a network config without Backend means, too (this"
+                f" version has: {', '.join(BACKENDS)}; set Backend.Type in the network config, the"
+                " same for all hosts)"
+            ) from None
         known = ", ".join(BACKENDS)
         raise BackendError(
             f"unknown backend type: {name} (this version has: {known}; correct Backend.Type in the"

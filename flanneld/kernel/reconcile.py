@@ -73,7 +73,7 @@ class Territory:
         """Tell whether an entry is ours."""
         entry = found.entry
         if not isinstance(entry, Route):
-            return entry.oif == self.device and found.plain
+            return entry.oif == self.device and found.permanent
         if found.protocol == PROTOCOL:
             return any(contains(network, entry.dst) for network in self.networks)
         return found.protocol == PROTOCOL_BOOT and entry.oif == self.device != 0
@@ -89,7 +89,7 @@ class Reconciler:
         """
         self._territory = Territory(())
         self._wanted: dict[Slot, Entry] = {}
-        # The slots in which ours stood when we last looked.
+        # The slots in which something of ours stands, as far as we know.
         self._ours: set[Slot] = set()
         self._touched: dict[Slot, None] = {}
         self._refused: dict[Entry, str] = {}
@@ -101,6 +101,7 @@ class Reconciler:
         self._repaired_at = now() - CALM
         self._trouble = ""
         self._look_wide = True
+        self._kept: frozenset[Found] = frozenset()
         self.in_step = False
         """A comparison has succeeded."""
 
@@ -173,9 +174,11 @@ class Reconciler:
             self._check_soon()
 
     def _device_event(self, concerns_us: bool) -> None:
-        # An address or a device of somebody else may be what a refused route was waiting for.
-        if concerns_us or self._refused:
+        if concerns_us:
             self._check_soon()
+        else:
+            # An address or a device of somebody else may be what a refused route waits for.
+            self._touched.update((entry.slot, None) for entry in self._refused)
 
     def _check_soon(self) -> None:
         wait = max(self._repaired_at + self._gap, now())
@@ -189,8 +192,10 @@ class Reconciler:
             entries = [entry for s, entry in self._wanted.items() if s in self._touched]
         self._touched.clear()
         self._slow_down(time)
+        waiting = set(self._refused)
         if self._apply(entries, []):
-            self._log_recovered([entry for entry in entries if entry not in self._refused])
+            known = waiting | set(self._refused)
+            self._log_recovered([entry for entry in entries if entry not in known])
 
     def _slow_down(self, time: float) -> None:
         calm = time - self._repaired_at >= CALM
@@ -199,7 +204,10 @@ class Reconciler:
 
     def _check(self) -> None:
         """Compare everything with the kernel, and mend what differs."""
-        self._touched.clear()
+        if self._touched:
+            # Also what others put before ours, which a look at our own routes does not show.
+            self._look_wide = True
+            self._touched.clear()
         self._check_at = now() + CHECK
         try:
             found = self._find()
@@ -208,7 +216,12 @@ class Reconciler:
             return
         self._look_wide = False
         changes = difference(self._wanted, found, self._territory.holds)
-        self._ours.update(self._wanted.keys() - {entry.slot for entry in changes.write})
+        missing = {entry.slot for entry in changes.write}
+        self._ours.update(self._wanted.keys() - missing)
+        # Gone without a word, as with a link: who came meanwhile did not replace ours. What is
+        # ours and only different, or was replaced under our eyes, may be replaced.
+        standing = {item.entry.slot for item in found if item.in_slot and item.may_be_replaced}
+        self._ours -= missing - standing
         tried_before = set(self._refused)
         if changes.write or changes.delete:
             self._slow_down(now())
@@ -217,7 +230,10 @@ class Reconciler:
         if self._trouble:
             log.info("The kernel takes our entries again")
             self._trouble = ""
-        _log_many("Removed stale %s", [str(item.entry) for item in changes.delete])
+        _log_many(
+            "Removed stale %s",
+            [str(item.entry) for item in changes.delete if item not in self._kept],
+        )
         if self.in_step:
             known = tried_before | set(self._refused)
             self._log_recovered([entry for entry in changes.write if entry not in known])
@@ -238,18 +254,23 @@ class Reconciler:
         return found
 
     def _apply(self, write: Sequence[Entry], delete: Sequence[Found]) -> bool:
-        """Write and delete in one batch. Return False if the kernel could not be asked."""
+        """Write, then delete. Return False if the kernel could not be asked."""
         try:
-            refused, kept = self._socket().apply(write, delete, self._may_replace)
+            refused, _ = self._socket().apply(write, [], self._may_replace)
             taken = [entry for entry, why in refused.items() if why.number == errno.EEXIST]
             if taken:
                 refused = {e: why for e, why in refused.items() if why.number != errno.EEXIST}
                 refused |= self._settle(taken)
-            self._ours.update(entry.slot for entry in write if entry not in refused)
+            # What is new is in before anything goes that packets may still need.
+            _, kept = self._socket().apply([], delete)
             self._drop_outdated([entry for entry in refused if entry.slot in self._ours])
+            self._ours.update(entry.slot for entry in write if entry not in refused)
+            # Nothing of ours stands there any more: what comes there next is not a replacement.
+            self._ours.difference_update(entry.slot for entry in refused)
         except OSError as error:
             self._failed(error)
             return False
+        self._kept = frozenset(kept)
         for item, why in kept.items():
             log.error("Error deleting %s: %s", item.entry, why)
         self._note_refusals(write, refused)
@@ -350,6 +371,7 @@ class Reconciler:
         if self._requests is not None:
             self._requests.close()
             self._requests = None
+        self._look_wide = True
         self._check_at = now() + CHECK_FAILED
 
 

@@ -93,7 +93,9 @@ class Found:
     """Of a route."""
     plain: bool = True
     """Nothing about it that ours lack: a route has one next hop and no TOS, source or metrics; a
-    neighbour or FDB entry is permanent."""
+    neighbour or FDB entry is permanent, and leads to no port or network of its own."""
+    permanent: bool = True
+    """Of a neighbour or FDB entry: the kernel does not forget it by itself."""
 
     @property
     def in_slot(self) -> bool:

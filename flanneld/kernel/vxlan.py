@@ -95,7 +95,7 @@ class VxlanDevice:
                     log.warning(
                         "%s has lost its address %s/32: it is put back", self.spec.name, address
                     )
-                kernel.addr("add", index=self.index, address=str(address), prefixlen=32)
+                _add_address(kernel, self.index, address)
             self._addressed = self.index
             for other, length in found:
                 if (other, length) == (address, 32):
@@ -229,6 +229,14 @@ def _link(kernel: Any, name: str) -> Any:
         if error.code == errno.ENODEV:
             return None
         raise
+
+
+def _add_address(kernel: Any, index: int, address: IPv4Address) -> None:
+    try:
+        kernel.addr("add", index=index, address=str(address), prefixlen=32)
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:  # a dump that was disturbed did not show it
+            raise
 
 
 def connected_networks(name: str) -> tuple[IPv4Network, ...]:

@@ -24,7 +24,9 @@ NLM_F_REPLACE, NLM_F_EXCL, NLM_F_DUMP, NLM_F_CREATE = 0x100, 0x200, 0x300, 0x400
 NLM_F_ACK_TLVS = 0x200
 
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_CACHEINFO, RTA_TABLE = 1, 4, 5, 6, 12, 15
-NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
+NDA_DST, NDA_LLADDR, NDA_PORT, NDA_VNI, NDA_IFINDEX, NDA_NH_ID = 1, 2, 6, 7, 8, 13
+# What an FDB entry has only if it leads elsewhere than the device itself does.
+_ELSEWHERE = frozenset({NDA_PORT, NDA_VNI, NDA_IFINDEX, NDA_NH_ID})
 IFLA_IFNAME = 3
 IFF_UP = 1
 NLMSGERR_ATTR_MSG = 1
@@ -170,16 +172,21 @@ def parse_neighbour(data: bytes, offset: int, end: int) -> Found | None:
         return None
     family, oif, state, flags, _ = _NDMSG.unpack_from(data, offset)
     address = mac = b""
+    elsewhere = False
     for attribute, start, size in split_attributes(data, offset + _NDMSG.size, end):
         if attribute == NDA_DST and size == 4:
             address = data[start : start + 4]
         elif attribute == NDA_LLADDR and size == 6:
             mac = data[start : start + 6]
-    plain = bool(state & NUD_PERMANENT)
+        elif attribute in _ELSEWHERE:
+            elsewhere = True
+    permanent = bool(state & NUD_PERMANENT)
     if family == socket.AF_INET and address:
-        return Found(Neighbour(IPv4Address(address), mac or bytes(6), oif), plain=plain)
+        neighbour = Neighbour(IPv4Address(address), mac or bytes(6), oif)
+        return Found(neighbour, plain=permanent, permanent=permanent)
     if family == AF_BRIDGE and mac and flags & NTF_SELF:
-        return Found(FdbEntry(mac, IPv4Address(address or 0), oif), plain=plain)
+        entry = FdbEntry(mac, IPv4Address(address or 0), oif)
+        return Found(entry, plain=permanent and not elsewhere, permanent=permanent)
     return None
 
 

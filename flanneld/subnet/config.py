@@ -188,7 +188,7 @@ def _read_backend(raw: str | None) -> tuple[str, Mapping[str, object]]:
     if raw is None:
         return DEFAULT_BACKEND, MappingProxyType({})
     found = gojson.members(raw)
-    remedy = 'write it as {"Type":"vxlan"}, or leave Backend out for udp'
+    remedy = 'write it as {"Type":"vxlan"}'
     if found is None and raw != "null":
         raise ConfigError(
             "error decoding Backend property of config: "

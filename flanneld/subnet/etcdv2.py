@@ -11,6 +11,7 @@ import random
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from http.client import IncompleteRead, RemoteDisconnected
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -294,6 +295,8 @@ def _cause_text(cause: BaseException | None) -> str:
     if not chain:
         return "no answer"
     last = chain[-1]
+    if isinstance(last, IncompleteRead | RemoteDisconnected):
+        return "connection closed by the server"
     if isinstance(last, ConnectTimeoutError | TimeoutError) or "timed out" in str(last).lower():
         return "i/o timeout"
     if isinstance(last, ssl.SSLEOFError):

@@ -16,6 +16,7 @@ from flanneld.clock import now
 from flanneld.errors import (
     CompareFailed,
     ConfigChanged,
+    ConfigError,
     HistoryCleared,
     KeyNotFound,
     LeaseLost,
@@ -82,7 +83,12 @@ class LocalManager:
 
     def network_config(self) -> Config:
         """See `SubnetManager.network_config`."""
-        self._config_text = self._store.read_config()
+        try:
+            self._config_text = self._store.read_config()
+        except KeyNotFound as absent:
+            raise ConfigError(
+                f"{absent}: write the network config there, or correct --etcd-prefix"
+            ) from absent
         return parse_config(self._config_text)
 
     def acquire_lease(self, config: Config, attrs: LeaseAttrs, stop: threading.Event) -> Lease:
@@ -109,7 +115,7 @@ class LocalManager:
     def _check_config_is_the_same(self) -> None:
         """Raise ConfigChanged if waiting any longer with this config is in vain."""
         with contextlib.suppress(StoreError):
-            if self._store.read_config() != self._config_text:
+            if self._config_text and self._store.read_config() != self._config_text:
                 raise ConfigChanged("the network config has changed in the store")
 
     def _acquire_round(self, config: Config, attrs: LeaseAttrs, said: set[str]) -> Lease | None:

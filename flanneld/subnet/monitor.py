@@ -129,7 +129,8 @@ class LeaseMonitor:
                 f" {self._lease.attrs.public_ip}: give each host its own by --public-ip or --iface"
             )
         self._altered.append(now())
-        self._lease = replace(stored, attrs=self._lease.attrs)
+        # A lease stays a lease, also if what was written there has no end.
+        self._lease = replace(self._lease, modified_index=stored.modified_index)
         self._published = False
         self._renew()
 

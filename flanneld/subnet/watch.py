@@ -247,8 +247,8 @@ class LeaseTracker:
     def _note_held(self, before: int) -> None:
         if len(self._held) > before:
             self._notes.append(
-                f"The store has lost {len(self._held)} leases (emptied, or restored from backup?):"
-                " the ways to their hosts are kept until they publish them again"
+                f"The store has lost {len(self._held) - before} leases (emptied, or restored from"
+                " backup?): the ways to their hosts are kept until they publish them again"
             )
 
     def _give_up(self, name: str, now: float) -> list[LeaseEvent]:

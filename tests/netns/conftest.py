@@ -5,12 +5,17 @@ the summary says so.
 """
 
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 
 import pytest
 
 from lab import Lab, needs
+
+# A shell that starts a command in the background has it ignore SIGINT, and so would the daemons
+# and demos that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = os.geteuid() == 0
 

@@ -148,7 +148,7 @@ def config_text(**keys: object) -> str:
         (config_text(SubnetMax="10.3.8.200"), ["SubnetMax", "use 10.3.8.0"]),
         (config_text(SubnetMin="10.3.9.0", SubnetMax="10.3.8.0"), ["10.3.9.0", "10.3.8.0"]),
         (config_text(SubnetMax="10.3.0.0"), ["10.3.1.0 (the default", "10.3.0.0"]),
-        (config_text(Backend={}), ["no Type", "{}", "udp"]),
+        (config_text(Backend={}), ["no Type", "{}", "vxlan"]),
         (config_text(Backend={"Type": ""}), ["no Type"]),
         (config_text(Backend={"Port": 1}), ["no Type"]),
         (config_text(Backend="vxlan"), ["error decoding Backend property of config: ", '"vxlan"']),

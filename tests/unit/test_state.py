@@ -173,11 +173,17 @@ PEER_FOUND = [Found(PEER[0]), Found(PEER[1]), Found(PEER[2], PROTOCOL)]
             [
                 Found(neighbour("10.5.1.0", oif=2)),
                 Found(fdb(1, oif=2)),
-                Found(neighbour("10.5.9.0"), plain=False),
-                Found(fdb(9), plain=False),
+                Found(neighbour("10.5.9.0"), plain=False, permanent=False),
+                Found(fdb(9), plain=False, permanent=False),
             ],
             Difference((), ()),
             id="of other devices, or learned: not ours",
+        ),
+        pytest.param(
+            PEER,
+            [PEER_FOUND[0], Found(PEER[1], plain=False), PEER_FOUND[2]],
+            Difference((PEER[1],), ()),
+            id="FDB entry given another port",
         ),
         pytest.param(
             [neighbour("10.5.1.0")],

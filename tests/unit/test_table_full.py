@@ -41,7 +41,7 @@ class Kernel:
         self,
         write: Sequence[Entry],
         _delete: Sequence[Found],
-        _may_replace: Callable[[Entry], bool],
+        _may_replace: Callable[[Entry], bool] = lambda _: True,
     ) -> tuple[dict[Entry, Refusal], dict[Found, Refusal]]:
         refused: dict[Entry, Refusal] = {}
         for entry in write:

@@ -328,18 +328,23 @@ def test_routes_as_the_kernel_tells_them(body: bytes, found: Found | None) -> No
         (neighbour_body(2, 0x80, 0, NEIGHBOUR_DST, LLADDR), Found(NEIGHBOUR)),
         (
             neighbour_body(2, 0x02, 0, LLADDR, NEIGHBOUR_DST, attribute(3, bytes(16))),
-            Found(NEIGHBOUR, plain=False),
+            Found(NEIGHBOUR, plain=False, permanent=False),
         ),
         # A failed neighbour has no MAC.
         (
             neighbour_body(2, 0x20, 0, NEIGHBOUR_DST),
-            Found(Neighbour(NEIGHBOUR.ip, bytes(6), 5), plain=False),
+            Found(Neighbour(NEIGHBOUR.ip, bytes(6), 5), plain=False, permanent=False),
         ),
         (neighbour_body(7, 0x80, 2, LLADDR, attribute(1, HOST.packed)), Found(FDB)),
         (neighbour_body(7, 0x80, 2, LLADDR), Found(FdbEntry(MAC, IPv4Address(0), 5))),
         # Learned, and one of a bridge's own (no NTF_SELF).
         (
             neighbour_body(7, 0x02, 2, LLADDR, attribute(1, HOST.packed)),
+            Found(FDB, plain=False, permanent=False),
+        ),
+        # With a port of its own.
+        (
+            neighbour_body(7, 0x80, 2, LLADDR, attribute(1, HOST.packed), attribute(6, b"\0\1")),
             Found(FDB, plain=False),
         ),
         (neighbour_body(7, 0x80, 4, LLADDR), None),
