@@ -112,11 +112,13 @@ def test_a_lease_that_expired_and_went_to_another_host_is_not_fought_for(make_la
 
 
 def test_garbage_in_the_own_key_is_replaced_by_the_lease(make_lab: MakeLab) -> None:
+    """With an end, also where what was written there by hand has none."""
     lab, daemons = running(make_lab, 2)
     subnet = daemons[0].subnet()
     with Pings(lab.hosts) as pings, client_of(lab) as client:
-        for garbage in ("garbage", "", '{"PublicIP":"nonsense","BackendType":"host-gw"}'):
-            client.put(key_of(subnet), garbage, ttl=100)
+        nonsense = '{"PublicIP":"nonsense","BackendType":"host-gw"}'
+        for garbage, ttl in (("garbage", None), ("", 100), (nonsense, 100)):
+            client.put(key_of(subnet), garbage, ttl=ttl)
             node = wait_lease(lab, subnet, lambda node: node.value == value_of("10.97.0.1"))
             assert node.ttl is not None
             assert node.ttl > FULL

@@ -95,3 +95,19 @@ def test_the_config_is_read_again_while_there_is_no_free_subnet(make_lab: MakeLa
     waiting.wait_log("out of subnets", PATIENCE)
     put_config(lab)
     waiting.wait_ready(2 * PATIENCE)
+
+
+def test_a_bridge_that_came_meanwhile_keeps_its_route(make_lab: MakeLab) -> None:
+    """The kernel puts it behind ours; when ours goes with the link, without a word, it leads."""
+    lab, (daemon,) = running(make_lab, 1)
+    (host,) = lab.hosts
+    with client_of(lab) as client:
+        client.put(key_of(SUBNET), value_of("10.97.0.77"), ttl=100)
+        wait_routes(host, {SUBNET: "10.97.0.77"})
+        host.ip("link add br9 type bridge", "addr add 10.5.200.1/24 dev br9", "link set br9 up")
+        host.ip("link set eth0 down")
+        host.ip("link set eth0 up")
+        daemon.wait_log("in the way is", PATIENCE)
+        client.delete(key_of(SUBNET))
+    daemon.wait_log(f"Subnet removed: {SUBNET}", PATIENCE)
+    assert [route["dev"] for route in routes(host, SUBNET)] == ["br9"]
