@@ -32,7 +32,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     # The original answers every method alike.
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = _answer  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = _answer  # noqa: N815 - http.server names them
 
     def log_message(self, *_: Any) -> None:
         """Keep requests out of the log: they come every few seconds."""
