@@ -129,8 +129,11 @@ class LeaseMonitor:
                 f" {self._lease.attrs.public_ip}: give each host its own by --public-ip or --iface"
             )
         self._altered.append(now())
-        # A lease stays a lease, also if what was written there has no end.
-        self._lease = replace(self._lease, modified_index=stored.modified_index)
+        # Who writes our public IP without an end reserves the subnet for us. Nonsense without an
+        # end reserves nothing: then the lease stays what it was.
+        nonsense = stored.attrs == self._lease.attrs
+        ttl = self._lease.ttl if nonsense else stored.ttl
+        self._lease = replace(self._lease, ttl=ttl, modified_index=stored.modified_index)
         self._published = False
         self._renew()
 

@@ -353,6 +353,15 @@ def test_a_lease_becomes_a_reservation(host: Host) -> None:
     host.run(10, host.write(VALUE, None), 3 * LEASE_TTL, host.check(0, None))
 
 
+def test_a_reservation_made_by_hand_for_a_running_host_is_kept(host: Host) -> None:
+    """As docs/operations.md says how: the bare public IP, without an end."""
+    host.run(10, host.write('{"PublicIP":"10.97.0.1"}', None), 1, host.check(1, None))
+
+
+def test_nonsense_without_an_end_makes_no_reservation(host: Host) -> None:
+    host.run(10, host.write("garbage", None), host.check(1))
+
+
 def test_a_reservation_is_restored_as_one(host: Host) -> None:
     host.data.put(KEY, VALUE)
     host.run(10, host.write("garbage", None), host.check(1, None), LEASE_TTL, host.check(1, None))
