@@ -224,7 +224,8 @@ def keep_running(
             threads.append(_start("backend", lambda: network.run(stop, synced), monitor.fail))
             threads.append(_start("own lease", lambda: monitor.feed(stop), monitor.fail))
         log.info("Finished starting backend.")
-        monitor.run(stop)
+        with signals.reporting(network.report):
+            monitor.run(stop)
     finally:
         log.info("Stopped monitoring lease")
         stop.set()
