@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 
-from flanneld import __version__, flags, logs, signals
+from flanneld import __version__, docker0, flags, logs, signals
 from flanneld.backend.base import Network
 from flanneld.backend.registry import find_backend
 from flanneld.errors import (
@@ -99,6 +99,8 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
             start_healthz(options)
         config, network = register(manager, external, previous, notifier, stop)
         write_subnet_file(options, config, network)
+        with kept_in_this_thread():
+            docker0.start_watch(config.network, network.lease.subnet, stop)
         keep_running(options, manager, network, notifier, stop)
     finally:
         notifier.stopping()
