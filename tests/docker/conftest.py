@@ -1,0 +1,63 @@
+"""Two hosts with a real flanneld and a real dockerd each. They need root.
+
+As root nothing is skipped: a missing tool is a failure. Without root they are not collected, and
+the summary says so.
+"""
+
+import os
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from lab import Lab, needs
+from lab.docker import PACKAGES
+
+from .cluster import Cluster
+
+ROOT = os.geteuid() == 0
+
+if not ROOT:
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not ROOT:
+        terminalreporter.write_line("not root: the tests with docker did not run")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows the last log lines of its daemons."""
+    report = yield
+    if report.failed:
+        for cluster in getattr(item, "funcargs", {}).values():
+            if isinstance(cluster, Cluster):
+                for daemon in cluster.daemons:
+                    report.sections.append(("flanneld", daemon.explain()))
+                for docker in cluster.dockers:
+                    report.sections.append(("dockerd", docker.explain()))
+    return report
+
+
+@pytest.fixture(scope="session")
+def _machine() -> None:
+    problem = needs.missing(needs.PACKAGES | PACKAGES)
+    if problem:
+        pytest.fail(problem)
+    Lab.sweep_stale()
+
+
+@pytest.fixture(scope="module", params=["vxlan", "host-gw"])
+def cluster(request: pytest.FixtureRequest, _machine: None) -> Iterator[Cluster]:
+    """Shared by the tests of one module: they leave it as they found it."""
+    with Lab(2) as lab:
+        yield Cluster(lab, request.param)
+
+
+@pytest.fixture
+def own_cluster(_machine: None) -> Iterator[Cluster]:
+    """For one test, which may do to it whatever it likes."""
+    with Lab(2) as lab:
+        yield Cluster(lab, "vxlan")
