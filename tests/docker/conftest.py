@@ -6,18 +6,22 @@ the summary says so.
 
 import os
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from lab import Lab, needs
 from lab.docker import PACKAGES
 
-from .cluster import Cluster
+from .cluster import Cluster, MakeCluster
 
 ROOT = os.geteuid() == 0
 
 if not ROOT:
     collect_ignore_glob = ["test_*.py"]
+
+
+CLUSTERS = pytest.StashKey[list[Cluster]]()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -32,12 +36,13 @@ def pytest_runtest_makereport(
     """A test that fails shows the last log lines of its daemons."""
     report = yield
     if report.failed:
-        for cluster in getattr(item, "funcargs", {}).values():
-            if isinstance(cluster, Cluster):
-                for daemon in cluster.daemons:
-                    report.sections.append(("flanneld", daemon.explain()))
-                for docker in cluster.dockers:
-                    report.sections.append(("dockerd", docker.explain()))
+        # One that several tests share is an argument.
+        shared = [a for a in getattr(item, "funcargs", {}).values() if isinstance(a, Cluster)]
+        for cluster in [*item.stash.get(CLUSTERS, []), *shared]:
+            for daemon in cluster.daemons:
+                report.sections.append(("flanneld", daemon.explain()))
+            for docker in cluster.dockers:
+                report.sections.append(("dockerd", docker.explain()))
     return report
 
 
@@ -57,7 +62,15 @@ def cluster(request: pytest.FixtureRequest, _machine: None) -> Iterator[Cluster]
 
 
 @pytest.fixture
-def own_cluster(_machine: None) -> Iterator[Cluster]:
-    """For one test, which may do to it whatever it likes."""
-    with Lab(2) as lab:
-        yield Cluster(lab, "vxlan")
+def make_cluster(request: pytest.FixtureRequest, _machine: None) -> Iterator[MakeCluster]:
+    """Make a cluster for one test, which may do to it whatever it likes."""
+    clusters = request.node.stash.setdefault(CLUSTERS, [])
+    with ExitStack() as stack:
+
+        def make(*, docker_first: bool = False, nftables: bool = False) -> Cluster:
+            lab = stack.enter_context(Lab(2))
+            cluster = Cluster(lab, docker_first=docker_first, nftables=nftables)
+            clusters.append(cluster)
+            return cluster
+
+        yield make

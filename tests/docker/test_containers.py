@@ -1,17 +1,12 @@
 """Containers started by `docker run` on two hosts, with both backends."""
 
 import http.client
-import socket
-import threading
-from functools import partial
 from ipaddress import IPv4Address
 
-from lab import Lab, eventually
-from lab.docker import HTTP_PORT, DockerContainer
+from lab.docker import HTTP_PORT
+from lab.namespaces import UNDERLAY
 
-from .cluster import Cluster, options
-
-PATIENCE = 15.0
+from .cluster import Cluster, Outside, forward_policy, options, wait_answer
 
 
 def test_docker_has_the_options_of_the_leased_subnet(cluster: Cluster) -> None:
@@ -31,10 +26,9 @@ def test_docker_has_the_options_of_the_leased_subnet(cluster: Cluster) -> None:
 def test_they_ping_each_other_though_docker_drops_what_is_forwarded(cluster: Cluster) -> None:
     one, two = cluster.containers
     for docker in cluster.dockers:
-        rules = docker.host.run(["iptables", "-S", "FORWARD"]).stdout.splitlines()
-        assert rules[0] == "-P FORWARD DROP"
+        assert forward_policy(docker.host) == "DROP"
     for source, target in ((one, two), (two, one)):
-        eventually(partial(_answers, source, target), PATIENCE, "an answer to a ping")
+        wait_answer(source, target)
         result = source.ping(target.address, 5)
         assert result.lost == 0, result.output
         # Two hosts routed it.
@@ -72,15 +66,11 @@ def test_a_published_port_is_reached_from_outside_and_sees_who_asks(cluster: Clu
     docker = cluster.dockers[0]
     docker.run(f"--publish=8081:{HTTP_PORT}")
     for asker, address in (
-        (cluster.lab.underlay, "10.97.0.254"),
+        (cluster.lab.underlay, str(UNDERLAY.ip)),
         (cluster.lab.hosts[1], str(cluster.lab.hosts[1].address)),
     ):
         body = asker.inside(lambda: _get(docker.host.address, 8081, "/cgi-bin/peer"))
         assert body == address
-
-
-def _answers(source: DockerContainer, target: DockerContainer) -> bool:
-    return source.ping(target.address, 1).lost == 0
 
 
 def _get(host: IPv4Address, port: int, path: str) -> str:
@@ -90,32 +80,3 @@ def _get(host: IPv4Address, port: int, path: str) -> str:
         return connection.getresponse().read().decode()
     finally:
         connection.close()
-
-
-class Outside:
-    """A web server on the underlay, which has no route to the network. Tells who asked."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.address = "10.97.0.254"
-        self._listener = lab.underlay.inside(lambda: socket.create_server((self.address, 0)))
-        self._listener.settimeout(PATIENCE)
-        self.url = f"http://{self.address}:{self._listener.getsockname()[1]}/"
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-
-    def __enter__(self) -> "Outside":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.join(2 * PATIENCE)
-        self._listener.close()
-
-    def _serve(self) -> None:
-        try:
-            connection, (peer, _) = self._listener.accept()
-        except TimeoutError:
-            return
-        with connection:
-            connection.settimeout(PATIENCE)
-            connection.recv(4096)
-            connection.sendall(f"HTTP/1.0 200 OK\r\n\r\n{peer}".encode())

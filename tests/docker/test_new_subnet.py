@@ -2,27 +2,27 @@
 
 from lab import eventually
 
-from .cluster import Cluster, options
+from .cluster import PATIENCE, MakeCluster, options, wait_answer
 
 SUBNETS_KEY = "/coreos.com/network/subnets"
 STRANGER = (
     '{"PublicIP":"10.97.0.77","BackendType":"vxlan","BackendData":{"VtepMAC":"02:00:00:00:00:77"}}'
 )
-PATIENCE = 15.0
 
 
-def test_docker_is_restarted_with_the_options_of_a_new_subnet(own_cluster: Cluster) -> None:
-    daemon, other = own_cluster.daemons
-    docker, _ = own_cluster.dockers
-    stranded, peer = own_cluster.containers
-    eventually(lambda: not peer.ping(stranded.address, 1).lost, PATIENCE, "a ping")
+def test_docker_is_restarted_with_the_options_of_a_new_subnet(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    daemon, other = cluster.daemons
+    docker, _ = cluster.dockers
+    stranded, peer = cluster.containers
+    wait_answer(peer, stranded)
     assert "docker0" not in daemon.log()
 
     # While the host was away its lease ended, and another host took the subnet.
     old = daemon.subnet()
     daemon.terminate()
-    assert own_cluster.lab.etcd is not None
-    with own_cluster.lab.etcd.client() as etcd:
+    assert cluster.lab.etcd is not None
+    with cluster.lab.etcd.client() as etcd:
         key = f"{SUBNETS_KEY}/{str(old).replace('/', '-')}"
         assert etcd.get(key) is not None
         etcd.delete(key)
@@ -43,7 +43,7 @@ def test_docker_is_restarted_with_the_options_of_a_new_subnet(own_cluster: Clust
     docker.start(*options(docker.host))
     container = docker.run()
     assert container.address in new
-    eventually(lambda: not peer.ping(container.address, 1).lost, PATIENCE, "a ping")
+    wait_answer(peer, container)
     assert peer.seen_by(container) == str(peer.address)
     assert container.seen_by(peer) == str(container.address)
 
