@@ -303,17 +303,18 @@ def parse_save(text: str, rules: Rules) -> dict[str, Found]:
     own: dict[str, list[Line]] = {}
     policy = dict.fromkeys(chains, "ACCEPT")
     chain: Chain | None = None
-    for line in text.splitlines():
+    # Not splitlines, which knows more line ends than one: a foreign comment may hold them.
+    for line in text.split("\n"):
         if line.startswith("*"):
             chain = chains.get(line[1:].strip())
         elif chain is None:
             continue
         elif line.startswith(":"):
-            name, value = line[1:].split()[:2]
+            name, _, rest = line[1:].partition(" ")
             if name == chain.name:
                 own.setdefault(chain.table, [])
             elif name == chain.hook:
-                policy[chain.table] = value
+                policy[chain.table] = rest.partition(" ")[0]
         elif line.startswith(f"-A {chain.hook} "):
             hook[chain.table].append(parse_line(line[len(chain.hook) + 4 :]))
         elif line.startswith(f"-A {chain.name} "):
