@@ -14,6 +14,7 @@ from firewall import (
     commands,
     configure,
     forward_lines,
+    iptables,
     make,
     masquerade_lines,
     restored,
@@ -195,3 +196,33 @@ def test_a_lock_that_is_held_delays_the_rules_only(make_lab: MakeLab) -> None:
     wait_in_place(host, LEGACY, daemon.subnet())
     daemon.wait_log("Masquerade and forward rules are in place again")
     assert count(daemon, "holds the iptables lock") == 1
+
+
+@pytest.mark.parametrize("kind", [LEGACY, RESTORE], ids=str)
+def test_two_daemons_on_one_host_share_the_chains(make_lab: MakeLab, kind: Kind) -> None:
+    lab = make(make_lab, kind)
+    host = lab.hosts[0]
+    with client_of(lab) as client:
+        client.put("/second/config", '{"Network": "10.9.0.0/16", "Backend": {"Type": "host-gw"}}')
+    flags = ["--ip-masq", "--iptables-resync=1"]
+    one = start(host, kind, *flags)
+    second = host.directory / "second.env"
+    two = start(host, kind, *flags, "--etcd-prefix=/second", f"--subnet-file={second}")
+    lines = saved(host, kind, "nat")
+    ours = masquerade_lines(one.subnet())
+    theirs = [line for line in lines if line not in ours]
+    assert len(theirs) == 4
+    assert all("10.9." in line for line in theirs)
+    # Each puts back its own, and they come to rest.
+    iptables(host, kind, "-t", "nat", "-F")
+    eventually(lambda: set(saved(host, kind, "nat")) == set(lines), PATIENCE, "both back")
+    # Who writes, writes its own rules first: a quarrel would show in the order.
+    settled = saved(host, kind, "nat")
+    with pytest.raises(AssertionError):
+        eventually(lambda: saved(host, kind, "nat") != settled, 2.5, "a change")
+    # The one that ends for good leaves the other's alone.
+    two.terminate()
+    again = ["--etcd-prefix=/second", f"--subnet-file={second}", "--iptables-forward-rules=false"]
+    start(host, kind, *again)
+    eventually(lambda: set(saved(host, kind, "nat")) == set(ours), PATIENCE, "ours alone")
+    wait_forward(host, kind, forward_lines())

@@ -225,6 +225,41 @@ def test_of_forward_rules_only_those_with_the_comment_are_recognised() -> None:
     assert not is_stale(RULES.filter, parse_line(f"-d 10.5.0.0/16 {comment} -j DROP"))
 
 
+# --- a second daemon on the host
+
+
+def test_two_daemons_with_networks_of_their_own_share_the_chains() -> None:
+    other = wanted(
+        IPv4Network("10.9.0.0/16"), IPv4Network("10.9.7.0/24"), masquerade=True, forward=True
+    )
+    empty: dict[str, dict[str, list[str]]] = {"nat": {"POSTROUTING": []}, "filter": {"FORWARD": []}}
+    one = carried_out(empty, payload(RULES, ""))
+    both = carried_out(one, payload(other, as_save(one)))
+    assert payload(RULES, as_save(both)) == payload(other, as_save(both)) == ""
+    assert len(both["nat"]["FLANNEL-POSTRTG"]) == 1 + 4 + 4
+    assert len(both["filter"]["FLANNEL-FWD"]) == 2 + 2
+    # What is wrong of one's own is mended, and the other's stays.
+    torn = carried_out(both, "*nat\n-D FLANNEL-POSTRTG " + both["nat"]["FLANNEL-POSTRTG"][2])
+    text = payload(RULES, as_save(torn)) or payload(other, as_save(torn))
+    mended = carried_out(torn, text)
+    assert payload(RULES, as_save(mended)) == payload(other, as_save(mended)) == ""
+    # One that wants no rules any more takes its own away only, the last one the chains.
+    none = wanted(N, S, masquerade=False, forward=False)
+    left = carried_out(both, payload(none, as_save(both)))
+    assert payload(other, as_save(left)) == payload(none, as_save(left)) == ""
+    assert "10.5." not in as_save(left)
+    last = replace_networks(none, IPv4Network("10.9.0.0/16"))
+    assert carried_out(left, payload(last, as_save(left))) == empty
+    # A former network of one's own is no second daemon's, and everything can be removed.
+    moved = wanted(N, S, masquerade=True, forward=True, former_network=other.nat.networks[0])
+    assert "10.9." not in as_save(carried_out(both, payload(moved, as_save(both))))
+    assert carried_out(both, payload(absent(), as_save(both))) == empty
+
+
+def replace_networks(rules: Rules, network: IPv4Network) -> Rules:
+    return Rules(replace(rules.nat, own=(network,)), replace(rules.filter, own=(network,)))
+
+
 # --- where the jump goes
 
 
