@@ -34,6 +34,7 @@ def choose(rules: Rules, enable_nftables: bool) -> Choice:
     The rules must go where the host's other rules are: what the legacy iptables accepts, a rule
     of the nft variant may still drop, and the other way round.
     """
+    host: Iptables | None = None
     iptables: Driver | None
     try:
         host = find_iptables()

@@ -150,7 +150,8 @@ def _read(chain: Chain) -> Found:
 
 def _line(rule: Any) -> Line:
     found = _decoded(rule)
-    return Line(found, " ".join(word for option in sorted(found) for word in option))
+    words = tuple(word for option in sorted(found) for word in option)
+    return Line(found, words, " ".join(words))
 
 
 def _decoded(rule: Any) -> Options:

@@ -37,6 +37,8 @@ _NO_CONDITION = frozenset({"-m", "--comment", "-j", "--reject-with"})
 class Chain:
     """One of our chains and the jump to it; without ``rules`` there must be neither.
 
+    ``own``: the networks of this daemon, now and formerly. Rules in the chain for a network apart
+    from them are those of a second daemon on this host; None: there is no such thing.
     ``networks``: of these, rules that an original wrote straight into the hook must be gone.
     ``if_blocked``: the rules are wanted only while the hook drops what no rule accepts.
     """
@@ -46,6 +48,7 @@ class Chain:
     name: str
     comment: str
     rules: tuple[Words, ...] = ()
+    own: tuple[IPv4Network, ...] | None = None
     networks: tuple[IPv4Network, ...] = ()
     if_blocked: bool = False
 
@@ -106,7 +109,7 @@ def wanted(
     forw = _comment(FORWARD_COMMENT)
     translate = ("-j", "MASQUERADE", *(("--random-fully",) if random_fully else ()))
     nat: tuple[Words, ...] = (
-        ("-m", "mark", "--mark", KUBE_MARK, *masq, "-j", "RETURN"),
+        _KUBE_RULE,
         ("-s", n, "-d", n, *masq, "-j", "ACCEPT"),
         ("-s", n, "!", "-d", MULTICAST, *masq, *translate),
         ("!", "-s", n, "-d", s, *masq, "-j", "ACCEPT"),
@@ -117,34 +120,35 @@ def wanted(
         ("-d", n, *forw, "-j", "ACCEPT"),
     )
     # Without --ip-masq such rules cannot be told from those that the operator wrote instead.
-    old = [each for each in (network, former_network) if each and masquerade]
-    return _rules(nat if masquerade else (), accept if forward else (), dict.fromkeys(old))
+    own = tuple(dict.fromkeys(each for each in (network, former_network) if each))
+    old = own if masquerade else ()
+    return Rules(
+        replace(_NO_NAT, rules=nat if masquerade else (), own=own, networks=old),
+        replace(_NO_FORWARD, rules=accept if forward else (), own=own, networks=old),
+    )
 
 
 def absent(networks: Iterable[IPv4Network] = ()) -> Rules:
-    """No rules: neither chains and jumps nor what originals left of these networks."""
-    return _rules((), (), dict.fromkeys(networks))
-
-
-def _rules(
-    nat: tuple[Words, ...], forward: tuple[Words, ...], networks: Iterable[IPv4Network]
-) -> Rules:
-    old = tuple(networks)
-    return Rules(
-        Chain(NAT, "POSTROUTING", MASQ_CHAIN, MASQ_COMMENT, nat, old),
-        Chain(FILTER, "FORWARD", FORWARD_CHAIN, FORWARD_COMMENT, forward, old),
-    )
+    """No rules at all: neither chains and jumps nor what originals left of these networks."""
+    old = tuple(dict.fromkeys(networks))
+    return Rules(replace(_NO_NAT, networks=old), replace(_NO_FORWARD, networks=old))
 
 
 def _comment(text: str) -> Words:
     return ("-m", "comment", "--comment", text)
 
 
+_NO_NAT = Chain(NAT, "POSTROUTING", MASQ_CHAIN, MASQ_COMMENT)
+_NO_FORWARD = Chain(FILTER, "FORWARD", FORWARD_CHAIN, FORWARD_COMMENT)
+_KUBE_RULE = ("-m", "mark", "--mark", KUBE_MARK, *_comment(MASQ_COMMENT), "-j", "RETURN")
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A rule that is there: its options, and the text that names it to ``iptables -D``."""
+    """A rule that is there: its options, its words, the text that names it to ``iptables -D``."""
 
     options: Options
+    words: Words
     text: str
 
 
@@ -176,13 +180,18 @@ class Edit:
 def edit(chain: Chain, found: Found) -> Edit | None:
     """What makes ``found`` be as wanted; None if it is."""
     rules = chain.rules if not chain.if_blocked or blocks(chain, found) else ()
-    there = None if found.rules is None else [line.options for line in found.rules]
+    others = [line for line in found.rules or () if _is_anothers(chain, line)]
+    if others and not rules and chain.table == NAT:
+        rules = (_KUBE_RULE,)
+    mine = [line.options for line in found.rules or () if line not in others]
+    as_wanted = mine == [options(rule) for rule in rules]
+    rules = (*rules, *(line.words for line in others))
     jumps = [place for place, line in enumerate(found.hook) if _is_jump(chain, line)]
     right = [place for place in jumps if found.hook[place].options == options(chain.jump)]
     stale = [place for place, line in enumerate(found.hook) if is_stale(chain, line)]
     keep = right[:1] if rules else []
     delete = sorted({*stale, *jumps}.difference(keep))
-    as_wanted = there == [options(rule) for rule in rules] if rules else there is None
+    as_wanted = as_wanted and (found.rules is not None) == bool(rules)
     if as_wanted and not delete and bool(keep) == bool(rules):
         return None
     left = [line for place, line in enumerate(found.hook) if place not in delete]
@@ -202,17 +211,39 @@ def is_stale(chain: Chain, line: Line) -> bool:
     In nat: v0.8.0's four rules, and the same with what v0.11 (``--random-fully``) and v0.16.2
     (the comment) added. In filter only with the comment: without it, it may be anybody's.
     """
-    bare = line.options - options(("-m", "comment", "--comment", chain.comment))
+    bare = line.options - options(_comment(chain.comment))
     if chain.table == FILTER:
         if bare == line.options:
             return False
-        return any(
-            bare == options((flag, str(network), "-j", "ACCEPT"))
-            for network in chain.networks
-            for flag in ("-s", "-d")
-        )
+        return any(_is_accepted(network, bare) for network in chain.networks)
     bare -= {("--random-fully",)}
     return any(_is_of_the_four(network, bare) for network in chain.networks)
+
+
+def _is_anothers(chain: Chain, line: Line) -> bool:
+    """Whether a second daemon on this host, with a network of its own, put this into our chain."""
+    comment = options(_comment(chain.comment))
+    if chain.own is None or not comment <= line.options:
+        return False
+    bare = line.options - comment
+    sources = [option[-1] for option in bare if option[-2:-1] in (("-s",), ("-d",))]
+    try:
+        networks = [IPv4Network(source) for source in sources if source != MULTICAST]
+    except ValueError:
+        return False
+    if any(each.overlaps(mine) for each in networks for mine in chain.own):
+        return False
+    if chain.table == FILTER:
+        return any(_is_accepted(network, bare) for network in networks)
+    # An ACCEPT of ours is a RETURN of the originals'.
+    bare = (bare - {("--random-fully",), ("-j", "ACCEPT")}) | (
+        {("-j", "RETURN")} if ("-j", "ACCEPT") in bare else set()
+    )
+    return any(_is_of_the_four(network, bare) for network in networks)
+
+
+def _is_accepted(network: IPv4Network, bare: Options) -> bool:
+    return any(bare == options((flag, str(network), "-j", "ACCEPT")) for flag in ("-s", "-d"))
 
 
 def _is_of_the_four(network: IPv4Network, bare: Options) -> bool:
@@ -288,12 +319,11 @@ def parse_line(text: str) -> Line:
 
     Quoted words are taken apart only where ours could be meant: a foreign comment may be anything.
     """
-    if '"' not in text:
-        return Line(options(text.split()), text)
     try:
-        return Line(options(shlex.split(text)), text)
+        words = shlex.split(text) if '"' in text else text.split()
     except ValueError:
-        return Line(frozenset({(text,)}), text)
+        return Line(frozenset({(text,)}), (text,), text)
+    return Line(options(words), tuple(words), text)
 
 
 def parse_save(text: str, rules: Rules) -> dict[str, Found]:
@@ -303,17 +333,18 @@ def parse_save(text: str, rules: Rules) -> dict[str, Found]:
     own: dict[str, list[Line]] = {}
     policy = dict.fromkeys(chains, "ACCEPT")
     chain: Chain | None = None
-    for line in text.splitlines():
+    # Not splitlines, which knows more line ends than one: a foreign comment may hold them.
+    for line in text.split("\n"):
         if line.startswith("*"):
             chain = chains.get(line[1:].strip())
         elif chain is None:
             continue
         elif line.startswith(":"):
-            name, value = line[1:].split()[:2]
+            name, _, rest = line[1:].partition(" ")
             if name == chain.name:
                 own.setdefault(chain.table, [])
             elif name == chain.hook:
-                policy[chain.table] = value
+                policy[chain.table] = rest.partition(" ")[0]
         elif line.startswith(f"-A {chain.hook} "):
             hook[chain.table].append(parse_line(line[len(chain.hook) + 4 :]))
         elif line.startswith(f"-A {chain.name} "):
