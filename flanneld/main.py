@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 
-from flanneld import __version__, flags, logs, signals
+from flanneld import __version__, docker0, flags, logs, signals
 from flanneld.backend.base import Network
 from flanneld.backend.registry import find_backend
 from flanneld.errors import (
@@ -98,8 +98,11 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
         if options.healthz_port > 0:
             start_healthz(options)
         config, network = register(manager, external, previous, notifier, stop)
+        rules = keep_rules(options, config, network, previous, stop)
         write_subnet_file(options, config, network)
-        keep_running(options, manager, network, notifier, stop)
+        with kept_in_this_thread():
+            docker0.start_watch(config.network, network.lease.subnet, stop)
+        keep_running(options, manager, network, notifier, stop, rules=rules)
     finally:
         notifier.stopping()
         stop.set()
@@ -195,6 +198,26 @@ def fetch_config(manager: SubnetManager, notifier: Notifier, stop: threading.Eve
     return config
 
 
+def keep_rules(
+    options: Options,
+    config: Config,
+    network: Network,
+    previous: env.Previous,
+    stop: threading.Event,
+) -> threading.Thread:
+    """Put the masquerade and forward rules in place, and keep them in a thread of their own."""
+    from flanneld.masquerade import keeper
+
+    return keeper.keep(
+        options,
+        config.network,
+        network.lease.subnet,
+        enable_nftables=config.enable_nftables,
+        former_network=previous.network,
+        stop=stop,
+    )
+
+
 def write_subnet_file(options: Options, config: Config, network: Network) -> None:
     """Tell docker and the operator which subnet this host has."""
     text = env.render(config.network, network.lease.subnet, network.mtu, options.ip_masq)
@@ -208,8 +231,13 @@ def keep_running(
     network: Network,
     notifier: Notifier,
     stop: threading.Event,
+    *,
+    rules: threading.Thread,
 ) -> None:
-    """Monitor the lease in the foreground while the backend runs in a thread."""
+    """Monitor the lease in the foreground while the backend runs in a thread.
+
+    ``rules`` is one that runs already.
+    """
     subnet = network.lease.subnet
     monitor = LeaseMonitor(manager, network.lease, options.subnet_lease_renew_margin * 60.0)
 
@@ -218,7 +246,7 @@ def keep_running(
         notifier.status(f"leased {subnet}, following the other hosts")
 
     notifier.status(f"leased {subnet}, waiting for the other hosts' leases")
-    threads: list[threading.Thread] = []
+    threads = [rules]
     try:
         with kept_in_this_thread():
             threads.append(_start("backend", lambda: network.run(stop, synced), monitor.fail))
