@@ -55,7 +55,8 @@ def choose(rules: Rules, enable_nftables: bool) -> Choice:
         verdict = driver.supported()
         if not verdict.usable:
             raise MasqueradeError(verdict.reason)
-        return Choice(driver, verdict.reason, tuple(others))
+        lacking = f"; no forward rules: {reason}" if iptables is None else ""
+        return Choice(driver, verdict.reason + lacking, tuple(others))
     if iptables is None:
         raise MasqueradeError(reason)
     if nft is not None:

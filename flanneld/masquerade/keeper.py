@@ -37,6 +37,7 @@ class Keeper:
         self._tried = threading.Event()
         self._choice: Choice | None = None
         self._lacking = ""
+        self._bug = ""
         self._mended_at = -REPEAT
         self._mended = 0
 
@@ -63,7 +64,9 @@ class Keeper:
                 self._tried.set()
                 outage.failed(error, stop)
             except Exception as error:
-                log.exception("This is a bug, please report it with these lines")
+                if repr(error) != self._bug:
+                    log.exception("This is a bug, please report it with these lines")
+                self._bug = repr(error)
                 self._tried.set()
                 outage.failed(repr(error), stop)
             else:

@@ -119,8 +119,8 @@ def wanted(
         ("-s", n, *forw, "-j", "ACCEPT"),
         ("-d", n, *forw, "-j", "ACCEPT"),
     )
-    # Without --ip-masq such rules cannot be told from those that the operator wrote instead.
     own = tuple(dict.fromkeys(each for each in (network, former_network) if each))
+    # Without --ip-masq such rules cannot be told from those that the operator wrote instead.
     old = own if masquerade else ()
     return Rules(
         replace(_NO_NAT, rules=nat if masquerade else (), own=own, networks=old),

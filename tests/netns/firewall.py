@@ -13,6 +13,7 @@ from lab.process import environment
 
 MASQ = "FLANNEL-POSTRTG"
 FORWARD = "FLANNEL-FWD"
+TOP = Path(__file__).parent.parent.parent
 TABLE = ["table", "ip", "flannel-ipv4"]
 
 
@@ -44,6 +45,12 @@ def commands(lab: Lab, variant: str) -> Path:
             assert real is not None
             (directory / f"iptables{part}").symlink_to(real)
     return directory
+
+
+def tools_environment(lab: Lab, kind: Kind) -> dict[str, str]:
+    """Return the environment of a program of ours on a host with this iptables."""
+    path = f"{commands(lab, kind.variant)}:{environment()['PATH']}"
+    return environment(PATH=path, PYTHONPATH=str(TOP))
 
 
 def flanneld(host: Host, kind: Kind, *extra: str) -> Flanneld:

@@ -1,6 +1,6 @@
 """The rules are kept: what others do to them is mended, and what is others' stays as it is."""
 
-import time
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +21,7 @@ from firewall import (
     restored,
     saved,
     start,
+    tools_environment,
     wait_forward,
     wait_in_place,
 )
@@ -29,6 +30,7 @@ from overlay import udp_both_ways
 
 from lab import Flanneld, Host, Lab, eventually
 from lab.namespaces import UNDERLAY
+from lab.process import end
 
 BACK = "Masquerade or forward rules were missing or changed: they are back in place"
 
@@ -110,40 +112,51 @@ def test_flushed_under_load_it_masquerades_again(make_lab: MakeLab, kind: Kind) 
     assert udp_both_ways(container, lab.underlay, UNDERLAY.ip, 100) == host.address
 
 
+# Writes and removes the rules through the driver that suits the host, over and over.
+HAMMER = """
+import sys
+from ipaddress import IPv4Network
+from flanneld.masquerade.choose import choose
+from flanneld.masquerade.rules import wanted
+
+network, subnet = IPv4Network("10.5.0.0/16"), IPv4Network(sys.argv[2])
+rules = wanted(network, subnet, masquerade=True, forward=True)
+driver = choose(rules, sys.argv[1] == "nftables").driver
+while True:
+    driver.apply()
+    print(len(driver.remove()), flush=True)
+"""
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_no_rule_of_concurrent_writers_is_lost(make_lab: MakeLab, kind: Kind) -> None:
-    _, host, daemon = running(make_lab, kind)
-    tool = f"iptables-{kind.variant}"
+    """Neither of theirs nor of ours, while the daemon and a second writer of ours are at work."""
+    lab, host, daemon = running(make_lab, kind)
     script = (
         "for i in $(seq 125); do"
-        f" {tool} -w -t nat -A POSTROUTING -s 192.0.2.$i -d 198.51.100.$1 -j RETURN || exit 1;"
-        " sleep 0.02; done"
+        f" iptables-{kind.variant} -w -t nat -A POSTROUTING"
+        " -s 192.0.2.$i -d 198.51.100.$1 -j RETURN || exit 1; done"
     )
+    output = lab.scratch_file("hammer")
+    argv = [sys.executable, "-c", HAMMER, kind.driver, str(daemon.subnet())]
+    hammer = host.popen(argv, output=output, env=tools_environment(lab, kind))
+    eventually(lambda: output.read_text().count("\n") > 2, PATIENCE, "the hammer at work")
+    begun = output.read_text().count("\n")
     writers = [
-        host.popen(["sh", "-c", script, "sh", str(n)], output=host.lab.scratch_file("writer"))
+        host.popen(["sh", "-c", script, "sh", str(n)], output=lab.scratch_file("writer"))
         for n in range(4)
     ]
-    # Ours are taken away all the while, so that the daemon writes as well.
-    taken = 0
-    while any(writer.poll() is None for writer in writers):
-        if kind.nftables:
-            taken += host.run(["nft", "delete", *TABLE], check=False).returncode == 0
-        else:
-            done = [tool, "-w", "-t", "nat", "-D", *JUMP]
-            taken += host.run(done, check=False).returncode == 0
-            host.run([tool, "-w", "-t", "nat", "-F", MASQ], check=False)
-        time.sleep(0.1)
-    assert [writer.returncode for writer in writers] == [0, 0, 0, 0]
-    assert taken > 1
+    assert [writer.wait(120) for writer in writers] == [0, 0, 0, 0]
+    assert output.read_text().count("\n") > begun + 3
+    assert hammer.poll() is None, output.read_text()[-2000:]
+    end([hammer])
     foreign = [
         f"-A POSTROUTING -s 192.0.2.{i}/32 -d 198.51.100.{n}/32 -j RETURN"
         for n in range(4)
         for i in range(1, 126)
     ]
     wait_in_place(host, kind, daemon.subnet(), foreign)
-
-
-JUMP = ["POSTROUTING", "-m", "comment", "--comment", "flanneld masq", "-j", MASQ]
+    wait_forward(host, kind, forward_lines())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

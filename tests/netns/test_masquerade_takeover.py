@@ -21,6 +21,7 @@ from firewall import (
     saved,
     start,
     table_text,
+    tools_environment,
     wait_forward,
     wait_in_place,
 )
@@ -78,8 +79,12 @@ def test_without_ip_masq_the_operators_own_rules_stay(make_lab: MakeLab) -> None
     assert saved(host, RESTORE, "nat") == by_hand
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("version", ["v080", "v0202", "v0289"])
+@pytest.mark.parametrize(
+    ("version", "kind"),
+    [("v080", RESTORE), ("v0202", LEGACY), ("v0202", RESTORE), ("v0289", RESTORE),
+     ("v0289", NFTABLES)],
+    ids=str,
+)  # fmt: skip
 def test_the_tables_of_an_original_are_taken_over(
     make_lab: MakeLab, kind: Kind, version: str
 ) -> None:
@@ -190,7 +195,11 @@ def test_a_lock_that_is_held_delays_the_rules_only(make_lab: MakeLab) -> None:
         program = ["env", path, f"XTABLES_LOCKFILE={lock}", sys.executable, "-m", "flanneld"]
         flags = ["--ip-masq", "--iptables-resync=1"]
         daemon = Flanneld(host, *flags, program=program).start()
-        daemon.wait_ready(2 * PATIENCE)
+        daemon.wait_log("Allocated lease")
+        # It waits for the rules before it writes the subnet file; not so long if it is to end.
+        assert daemon.terminate(3.0) == 0
+        assert not host.subnet_file.exists()
+        daemon.start().wait_ready(2 * PATIENCE)
         daemon.wait_log("^E.*another process holds the iptables lock")
         assert saved(host, LEGACY, "nat") == []
     wait_in_place(host, LEGACY, daemon.subnet())
@@ -226,3 +235,47 @@ def test_two_daemons_on_one_host_share_the_chains(make_lab: MakeLab, kind: Kind)
     start(host, kind, *again)
     eventually(lambda: set(saved(host, kind, "nat")) == set(ours), PATIENCE, "ours alone")
     wait_forward(host, kind, forward_lines())
+
+
+REMOVE_ALL = """
+from ipaddress import IPv4Network
+from flanneld.masquerade.choose import remove_all
+from flanneld.masquerade.rules import absent
+
+print(*remove_all(absent([IPv4Network("10.5.0.0/16")])), sep="\\n")
+"""
+REMOVE = """
+from ipaddress import IPv4Network
+from flanneld.masquerade.choose import choose
+from flanneld.masquerade.rules import absent
+
+driver = choose(absent([IPv4Network("10.5.0.0/16")]), {nftables}).driver
+print(*driver.remove(), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "script"),
+    [(RESTORE, REMOVE_ALL), (NFTABLES, REMOVE_ALL), (LEGACY, REMOVE_ALL), (LEGACY, REMOVE)],
+    ids=["iptables-restore", "nftables", "python-iptables", "python-iptables itself"],
+)
+def test_everything_of_flannels_can_be_removed(make_lab: MakeLab, kind: Kind, script: str) -> None:
+    lab = make(make_lab, kind)
+    host = lab.hosts[0]
+    iptables(host, kind, "-P", "FORWARD", "DROP")
+    daemon = start(host, kind, "--ip-masq")
+    old = four_rules("10.5.0.0/16", "10.5.34.0/24")
+    restored(host, kind, "\n".join(["*nat", *old, *FOREIGN, "COMMIT", ""]))
+    wait_forward(host, kind, forward_lines())
+    daemon.terminate()
+    argv = [sys.executable, "-c", script.format(nftables=kind.nftables)]
+    output = lab.scratch_file("removed")
+    assert host.popen(argv, output=output, env=tools_environment(lab, kind)).wait(30) == 0
+    removed = output.read_text()
+    assert saved(host, kind, "nat") == FOREIGN
+    assert saved(host, kind, "filter") == []
+    assert table_text(host) == ""
+    assert "filter: chain FLANNEL-FWD with 2 rules" in removed
+    assert ("nftables: table ip flannel-ipv4" in removed) is kind.nftables
+    assert ("nat: chain FLANNEL-POSTRTG with 5 rules" in removed) is not kind.nftables
+    assert removed.count("-A POSTROUTING") == 4 + (not kind.nftables)
