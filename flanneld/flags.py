@@ -19,6 +19,8 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 ENV_PREFIX = "FLANNELD_"
+# Flags that are no settings but have the program do something else: not read from the environment.
+COMMANDS = frozenset({"cleanup", "version"})
 # A day, in seconds: more is a mistake.
 LONGEST_RESYNC = 86400
 # glog's "no location"; it is only ever a default, since as a flag value it is a syntax error.
@@ -295,6 +297,13 @@ class Options:
     )
     healthz_ip: str = _flag("healthz-ip", STRING, "0.0.0.0", "address of the health server")  # noqa: S104 - the original's default
     healthz_port: int = _flag("healthz-port", INT, 0, "port of the health server; 0 turns it off")
+    cleanup: bool = _flag(
+        "cleanup",
+        BOOL,
+        False,
+        "remove from this host the firewall rules, routes, devices and the subnet file of flannel,"
+        " and exit; stop the daemon first",
+    )
     version: bool = _flag("version", BOOL, False, "print the version and exit")
     v: int = _flag("v", LEVEL, 0, "verbosity of the log; 0 is the least")
     vmodule: str = _flag(
@@ -334,8 +343,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
     if not values.get("version"):
         for flag in FLAGS:
             text = environ.get(flag.variable, "")
-            # The version flag is acted on before the environment is read.
-            if not text or flag.attribute in values or flag.name == "version":
+            if not text or flag.attribute in values or flag.name in COMMANDS:
                 continue
             try:
                 values[flag.attribute] = flag.kind.parse(text)

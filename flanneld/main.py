@@ -56,6 +56,10 @@ def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
         sys.stderr.write(f"v{__version__}\n")
         return 0
     logs.setup(options.v, options.vmodule, options.log_backtrace_at)
+    if options.cleanup:
+        from flanneld.cleanup import clean_up
+
+        return clean_up(options)
     notifier = Notifier(environ)
     try:
         signals.install(notifier.stopping)

@@ -203,6 +203,14 @@ def remove_former(address: IPv4Address, keep: str) -> None:
                 log.info("Removed %s, the device of a former run", name)
 
 
+def remove_device(name: str) -> None:
+    """Remove a device with everything on it. Raises DeviceError."""
+    with opened_kernel(f"cannot remove {name}") as kernel:
+        link = find_link(kernel, name)
+        if link is not None:
+            kernel.link("del", index=link["index"])
+
+
 def connected_networks(name: str) -> tuple[IPv4Network, ...]:
     """Return the networks to which the addresses of a device belong. Raises DeviceError."""
     with opened_kernel(f"cannot read the addresses of {name}") as kernel:

@@ -28,7 +28,7 @@ def test_help(flag: str) -> None:
     result = flanneld(flag, "--no-such-flag")
     assert (result.returncode, result.stdout) == (0, "")
     assert result.stderr == usage("flanneld")
-    assert result.stderr.startswith("Usage: flanneld [OPTION]...\n  -etcd-cafile string\n")
+    assert result.stderr.startswith("Usage: flanneld [OPTION]...\n  -cleanup\n")
 
 
 @pytest.mark.parametrize("flag", ["--version", "-version", "--version=true"])
