@@ -118,13 +118,13 @@ class Tunnel:
         ``tun`` and ``udp`` say which side there is something on. ``alone``: nothing came for a
         while, so this is one packet, and who waits for it should not wait for us to look for more.
         """
-        transmit, receive = self._transmitter.turn, self._receiver.turn
         if alone:
             if tun:
-                transmit(1)
+                self._transmitter.one()
             if udp:
-                receive(1)
+                self._receiver.one()
         else:
+            transmit, receive = self._transmitter.turn, self._receiver.turn
             for _ in range(_TURNS):
                 more = transmit()
                 if not receive() and not more:
