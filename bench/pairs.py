@@ -91,7 +91,7 @@ def _start_proxy(host: Host, other: Host, proxy: Path) -> subprocess.Popen[bytes
     route = route_to(other)
     target = (route.subnet.network_address, route.subnet.netmask, route.public_ip, PORT)
     process = subprocess.Popen(
-        [proxy, *map(str, (tun, udp.fileno(), *target))],
+        [proxy, *map(str, (tun, udp.fileno(), MTU, *target))],
         pass_fds=[tun, udp.fileno()],
         stdin=subprocess.DEVNULL,
     )

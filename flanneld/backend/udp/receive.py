@@ -194,7 +194,7 @@ class Receiver:
             batch = self._batches.get(key)
             if batch is None:
                 if len(self._batches) >= _BATCHES:
-                    self._batches.clear()
+                    del self._batches[next(iter(self._batches))]
                 batch = self._batches[key] = Batch(self._array[key[0] :], *key[1:])
             self._coalescer.add_rows(batch, admit)
 

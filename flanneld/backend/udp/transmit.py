@@ -44,7 +44,7 @@ _OUTS = 4
 # A super-packet's payload and a header, at most 120 bytes and one to make it even, for each row.
 _OUT_BYTES = LONGEST_PACKET + segment.ROWS * 122
 # Shapes of super-packets remembered.
-_CUTS = 128
+_CUTS = 160
 # After a packet was too big for the path, the path may have changed.
 _TOO_BIG_SECONDS = 10.0
 
@@ -333,7 +333,7 @@ class Transmitter:
             first=first,
         )
         if len(self._cuts) >= _CUTS:
-            self._cuts.clear()
+            del self._cuts[next(iter(self._cuts))]
         self._cuts[key] = cut
         return cut
 
