@@ -99,7 +99,7 @@ def start_proxy(
     host.ip(f"addr add {address} dev flannel0", f"link set flannel0 mtu {MTU} up")
     target = (subnet.network_address, subnet.netmask, peer, PORT)
     process = subprocess.Popen(
-        [proxy, *map(str, (tun, udp.fileno(), *target))],
+        [proxy, *map(str, (tun, udp.fileno(), MTU, *target))],
         pass_fds=[tun, udp.fileno()],
         stdin=subprocess.DEVNULL,
     )

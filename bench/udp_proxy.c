@@ -1,9 +1,14 @@
 /* The stand-in for the original's proxy: one packet per system call, nothing else.
  *
- *     udp_proxy TUN SOCKET SUBNET MASK PEER PORT [SUBNET MASK PEER PORT ...]
+ *     udp_proxy TUN SOCKET MTU SUBNET MASK PEER PORT [SUBNET MASK PEER PORT ...]
  *
- * TUN and SOCKET are inherited non-blocking descriptors, the TUN device is without virtio header.
- * Addresses are dotted. Forwards until it is killed.
+ * TUN and SOCKET are inherited non-blocking descriptors, the TUN device is without virtio header,
+ * the socket has the kernel's default buffers. Addresses are dotted. Forwards until it is killed.
+ *
+ * As in the original there is one loop and one buffer of MTU bytes; while either side delivers,
+ * both are read in turn without polling; routes are a list that is searched from its beginning,
+ * and what was found moves to the front; the checksum is corrected, not computed. What it lacks
+ * costs the original next to nothing per packet: the control socket, ICMP errors, messages.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -16,7 +21,6 @@
 #include <unistd.h>
 
 #define MAX_ROUTES 64
-#define BUFFER 65536
 
 struct route {
 	uint32_t net, mask;
@@ -25,7 +29,8 @@ struct route {
 
 static struct route routes[MAX_ROUTES];
 static int count;
-static unsigned char buffer[BUFFER];
+static unsigned char *buffer;
+static size_t mtu;
 
 static int decrement_ttl(unsigned char *packet)
 {
@@ -44,8 +49,15 @@ static int decrement_ttl(unsigned char *packet)
 static const struct sockaddr_in *lookup(uint32_t address)
 {
 	for (int i = 0; i < count; i++)
-		if ((address & routes[i].mask) == routes[i].net)
-			return &routes[i].peer;
+		if ((address & routes[i].mask) == routes[i].net) {
+			if (i) {
+				struct route found = routes[i];
+
+				routes[i] = routes[0];
+				routes[0] = found;
+			}
+			return &routes[0].peer;
+		}
 	return NULL;
 }
 
@@ -53,11 +65,11 @@ static int from_tun(int tun, int udp)
 {
 	uint32_t target;
 	const struct sockaddr_in *peer;
-	ssize_t length = read(tun, buffer, BUFFER);
+	ssize_t length = read(tun, buffer, mtu);
 
 	if (length < 0)
 		return 0;
-	if (length < 20 || buffer[0] >> 4 != 4)
+	if (length < 20)
 		return 1;
 	memcpy(&target, buffer + 16, 4);
 	peer = lookup(target);
@@ -68,7 +80,7 @@ static int from_tun(int tun, int udp)
 
 static int from_udp(int tun, int udp)
 {
-	ssize_t length = recv(udp, buffer, BUFFER, 0);
+	ssize_t length = recv(udp, buffer, mtu, 0);
 
 	if (length < 0)
 		return 0;
@@ -83,11 +95,15 @@ int main(int argc, char **argv)
 	int tun, udp;
 	struct pollfd fds[2];
 
-	if (argc < 3)
+	if (argc < 4)
 		return 2;
 	tun = atoi(argv[1]);
 	udp = atoi(argv[2]);
-	for (int i = 3; i + 3 < argc && count < MAX_ROUTES; i += 4, count++) {
+	mtu = atoi(argv[3]);
+	buffer = malloc(mtu);
+	if (mtu < 20 || !buffer)
+		return 2;
+	for (int i = 4; i + 3 < argc && count < MAX_ROUTES; i += 4, count++) {
 		struct route *r = &routes[count];
 
 		r->net = inet_addr(argv[i]);

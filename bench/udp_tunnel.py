@@ -8,6 +8,7 @@ to the stand-in for the original's proxy: a loop in C with one packet per system
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -167,7 +168,9 @@ def run(
                     "min": round(min(seen), 1),
                     "max": round(max(seen), 1),
                     "ratio": round(middle / base, 2) if base else None,
+                    # Both sides of each from one round, so from about the same moment.
                     "ratio_of_rounds": round(statistics.median(ratios), 2) if ratios else None,
+                    "ratio_spread": f"{min(ratios):.1f}-{max(ratios):.1f}" if ratios else "",
                     "wanted": load.wanted.get(name),
                     "cpu": round(statistics.median(cpu[load.name, name]), 2),
                 }
@@ -177,14 +180,16 @@ def run(
 
 def show(rows: Sequence[dict[str, object]], memory: dict[str, object]) -> None:
     """Print the table."""
-    line = "{:<17} {:<8} {:>9} {:>9} {:>9}  {:<10} {:>6} {:>6} {:>5}"
-    print(line.format("LOAD", "PAIR", "MEDIAN", "MIN", "MAX", "UNIT", "x C", "WANTED", "CPU"))
+    line = "{:<17} {:<8} {:>9} {:>9} {:>9}  {:<10} {:>6} {:>11} {:>6} {:>5}"
+    titles = ("MEDIAN", "MIN", "MAX", "UNIT", "x C", "IN A ROUND", "WANTED", "CPU")
+    print(line.format("LOAD", "PAIR", *titles))
     for row in rows:
         wanted = row["wanted"] if row["wanted"] is not None else ""
         print(
             line.format(
                 *(str(row[key]) for key in ("load", "pair", "median", "min", "max", "unit")),
                 str(row["ratio"]),
+                str(row["ratio_spread"]),
                 str(wanted),
                 str(row["cpu"]),
             )
@@ -230,6 +235,7 @@ def main() -> int:
                 t.rss_kb() for t in pairs["ours"].tunnels
             ]
             counters = pairs["ours"].tunnels[0].counters
+            memory["load average (1, 5, 15 min) at the end"] = os.getloadavg()
             memory["segments per send"] = round(counters.segments_per_send, 1)
             memory["segments per receive"] = round(
                 pairs["ours"].tunnels[1].counters.segments_per_receive, 1

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from flanneld.backend.udp.packet import IP_HEADER, PSH, TCP, UDP, pseudo
+from flanneld.backend.udp.packet import ACK, IP_HEADER, PSH, TCP, UDP, pseudo
 from flanneld.backend.udp.segment import Bytes
 
 # The most packets in a `Batch`.
@@ -11,7 +11,7 @@ ROWS = 128
 # Below this many packets numpy's fixed cost is more than a loop's.
 FEW = 4
 # The part of the headers that is compared: IP and TCP with all options.
-_HEAD = 80
+HEAD = 80
 
 _MODULUS = np.uint32(65535)
 _NOWHERE = np.zeros(0, np.intp)
@@ -19,7 +19,7 @@ _NOWHERE = np.zeros(0, np.intp)
 
 def _mask(protocol: int, header: int) -> Bytes:
     """Return which bytes of the headers must be equal in packets that are joined."""
-    mask = np.zeros(_HEAD, np.uint8)
+    mask = np.zeros(HEAD, np.uint8)
     mask[:header] = 0xFF
     mask[4:6] = mask[10:12] = 0  # IP id, header checksum
     if protocol == TCP:
@@ -57,30 +57,52 @@ class Batch:
         self._padded = np.zeros((count, size + 1), np.uint8) if size & 1 else None
         source = self.rows[:, :size] if self._padded is None else self._padded
         self._pairs = source.view(np.uint16)
-        width = min(_HEAD, size)
-        self._width_rows = self.rows[:, :width]
-        self._head = np.zeros((count, _HEAD), np.uint8)
-        self._width_head = self._head[:, :width]
-        words64 = self._head.view(np.uint64)
-        self._later, self._earlier = words64[1:], words64[:-1]
-        self._ip_pairs = self._head[:, :IP_HEADER].view(np.uint16)
-        self._sequences = self._head.view(np.uint32)[:, 6]
+        whole = self.rows[:, :HEAD]
+        # Headers are looked at where they are, or in a copy if that is at odd places.
+        self._copied = (
+            stride % 8 != 0 or size < HEAD or memory.__array_interface__["data"][0] % 8 != 0
+        )
+        if self._copied:
+            whole = np.zeros((count, HEAD), np.uint8)
+        width = min(HEAD, size)
+        self._width_rows, self._width_head = self.rows[:, :width], whole[:, :width]
+        self._words = whole.view(np.uint64)
+        self._ip_pairs = whole[:, :IP_HEADER].view(np.uint16)
+        self._sequences = whole[:, 24:28].view(np.uint32)[:, 0]
+        self._udp_checksums = whole[:, 26:28].view(np.uint16)[:, 0]
         self._numbers = np.arange(count, dtype=np.uint32)
-        self._changed = np.zeros((count - 1, _HEAD // 8), np.uint64)
+        # The headers without what may differ.
+        self._same = bytearray(count * HEAD)
+        self._same_words = np.frombuffer(self._same, np.uint64).reshape(count, HEAD // 8)
         self._sums = np.zeros((2, count), np.uint32)
         self._extra = np.zeros((2, 1), np.uint32)
         # Nonzero where a sum or a sequence number is.
         self._wrong = np.zeros((3, count), np.uint32)
-        self._udp_checksums = self._head.view(np.uint16)[:, 13]
         self._step = 0
         self._multiples = self._numbers
         self._different: dict[int, NDArray[np.intp]] = {}
         self._summed = False
+        self._payloads: dict[int, Bytes] = {}
 
     def packet(self, row: int) -> memoryview:
         """Return a packet."""
         at = row * self._stride
         return self._view[at : at + self.size]
+
+    def head(self, row: int) -> bytes:
+        """Return the beginning of a packet."""
+        at = row * self._stride
+        return self._view[at : at + min(HEAD, self.size)].tobytes()
+
+    def payloads(self, at: int, end: int, header: int) -> Bytes:
+        """Return what follows the headers in some packets."""
+        if end - at < self.count:
+            return self.rows[at:end, header : self.size]
+        # A view costs more than finding it again.
+        found = self._payloads.get(header)
+        if found is None:
+            found = self._payloads[header] = self.rows[:, header : self.size]
+        return found
 
     def run(self, at: int, protocol: int, header: int) -> int:
         """Return the end of the packets from ``at`` on whose headers are like its own.
@@ -90,15 +112,16 @@ class Batch:
         if self.fresh:
             self.fresh = self._summed = False
             self._different.clear()
-            self._width_head[...] = self._width_rows
+            if self._copied:
+                self._width_head[...] = self._width_rows
         kind = header if protocol == TCP else 0
         where = self._different.get(kind)
         if where is None:
-            np.bitwise_xor(self._later, self._earlier, out=self._changed)
-            np.bitwise_and(self._changed, _MASKS[protocol, header], out=self._changed)
+            same, words = self._same, self._same_words
+            np.bitwise_and(self._words, _MASKS[protocol, header], out=words)
             where = _NOWHERE
-            if np.count_nonzero(self._changed):
-                where = np.flatnonzero(self._changed.any(axis=1))
+            if same[:HEAD] * self.count != same:
+                where = np.flatnonzero((words[1:] != words[:-1]).any(axis=1))
             self._different[kind] = where
         end = self.count
         if len(where):
@@ -107,12 +130,14 @@ class Batch:
                 end = int(later[0]) + 1
         # The mask leaves PSH to be looked at here.
         if protocol == TCP and end - at > 1:
-            pushed = self._head[at : end - 1, 33] & PSH
-            if np.count_nonzero(pushed):
-                end = at + 1 + int(pushed.argmax())
+            stride = self._stride
+            flags = self._view[at * stride + 33 : (end - 1) * stride : stride].tobytes()
+            pushed = flags.find(ACK | PSH)
+            if pushed >= 0:
+                end = at + 1 + pushed
         return end
 
-    def is_intact(self, at: int, end: int, first: memoryview, header: int) -> bool:
+    def is_intact(self, at: int, end: int, first: bytes, header: int) -> bool:
         """Return whether all checksums are right and the sequence numbers follow each other."""
         if not self._summed:
             self._summed = True

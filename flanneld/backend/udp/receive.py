@@ -29,6 +29,8 @@ from flanneld.backend.udp.tun import UDP_GRO
 SLOTS = 64
 # Shapes of batches remembered.
 _BATCHES = 64
+# Senders remembered.
+_SENDERS = 4096
 # An IP and a UDP header, and anything in it.
 _LEAST = 29
 # More batches in a row would let the TUN device's queue run over.
@@ -76,20 +78,46 @@ class Receiver:
         self._view = memoryview(self._arena)
         self._array = np.frombuffer(self._arena, np.uint8)
         self._slots = [[self._view[slot * self._stride :]] for slot in range(SLOTS)]
+        self._admits: dict[str, Admit] = {}
         self._batches: dict[tuple[int, int, int, int], Batch] = {}
 
-    def turn(self, limit: int = SLOTS) -> bool:
-        """Receive and write some packets, ``limit`` calls. Returns whether there may be more.
+    def one(self) -> None:
+        """Receive one packet and write it at once; what came together with it is written too.
+
+        Raises OSError when the TUN device is gone.
+        """
+        try:
+            length, control, _, address = self._udp.recvmsg_into(self._slots[0], _CONTROL_BYTES)
+        except OSError:
+            # Nothing there, or about something sent earlier.
+            return
+        batch = _size_of_each(control) if control else 0
+        packets = -(-length // batch) if 0 < batch < length else 1
+        admit = self._admit(address[0])
+        if admit is None:
+            self._counters.drop_unknown_peer += packets
+        elif packets == 1:
+            # Whoever waits for it should not wait for us to look for more to join it with.
+            self._coalescer.add(self._view[:length], admit, join=False)
+        else:
+            self._take_batch(0, length, batch, admit)
+        counters = self._counters
+        counters.udp_receive_calls += 1
+        counters.udp_received_packets += packets
+        counters.udp_received_bytes += length
+
+    def turn(self) -> bool:
+        """Receive and write some packets. Returns whether there may be more.
 
         Raises OSError when the TUN device is gone.
         """
         receive, slots, stride = self._udp.recvmsg_into, self._slots, self._stride
         # Slots from first up to count hold packets of one size from one sender.
-        first = count = size = batches = 0
+        first = count = size = batches = received = packets_in = bytes_in = 0
         sender = ""
         admit: Admit | None = None
         more = True
-        while count < limit and batches < _BATCHES_IN_A_TURN:
+        while count < SLOTS and batches < _BATCHES_IN_A_TURN:
             try:
                 length, control, _, address = receive(slots[count], _CONTROL_BYTES)
             except BlockingIOError:
@@ -99,7 +127,7 @@ class Receiver:
                 # About something sent earlier, or no memory: reading it has cleared it.
                 batches += 1
                 continue
-            batch = _size_of_each(control)
+            batch = _size_of_each(control) if control else 0
             alone = 0 < batch < length or length >= stride
             if first < count and (alone or length != size or address[0] != sender):
                 self._take(first * stride, count - first, size=size, stride=stride, admit=admit)
@@ -108,22 +136,25 @@ class Receiver:
                 sender = address[0]
                 admit = self._admit(sender)
             packets = -(-length // batch) if 0 < batch < length else 1
-            self._counters.udp_receive_calls += 1
-            self._counters.udp_received_packets += packets
-            self._counters.udp_received_bytes += length
+            received += 1
+            packets_in += packets
+            bytes_in += length
             if admit is None:
                 self._counters.drop_unknown_peer += packets
+                # So that a flood of these cannot keep us from the other side.
+                batches += 1
             elif alone:
                 batches += 1
                 self._take_batch(count * stride, length, batch or length, admit)
                 first = count = 0
-            elif limit == 1:
-                # Whoever asks for one packet waits for it.
-                self._coalescer.add(self._view[:length], admit, join=False)
-                break
             else:
                 size, count = length, count + 1
-        self._take(first * stride, count - first, size=size, stride=stride, admit=admit)
+        if first < count:
+            self._take(first * stride, count - first, size=size, stride=stride, admit=admit)
+        counters = self._counters
+        counters.udp_receive_calls += received
+        counters.udp_received_packets += packets_in
+        counters.udp_received_bytes += bytes_in
         return more
 
     def flush(self) -> None:
@@ -136,13 +167,12 @@ class Receiver:
             return _anybody
         if not self._routes.knows(sender):
             return None
-        lookup = self._routes.lookup
-
-        def is_of_sender(source: bytes) -> bool:
-            peer = lookup(source)
-            return peer is not None and peer.ip == sender
-
-        return is_of_sender
+        admit = self._admits.get(sender)
+        if admit is None:
+            if len(self._admits) >= _SENDERS:
+                self._admits.clear()
+            admit = self._admits[sender] = _of_sender(self._routes, sender)
+        return admit
 
     def _take_batch(self, at: int, length: int, size: int, admit: Admit) -> None:
         """Take what one call received: packets of one size, the last may be shorter."""
@@ -164,7 +194,7 @@ class Receiver:
             batch = self._batches.get(key)
             if batch is None:
                 if len(self._batches) >= _BATCHES:
-                    self._batches.clear()
+                    del self._batches[next(iter(self._batches))]
                 batch = self._batches[key] = Batch(self._array[key[0] :], *key[1:])
             self._coalescer.add_rows(batch, admit)
 
@@ -200,6 +230,17 @@ class Receiver:
         protocol, source = TCP if tcp else UDP, whole[VNET_LEN:]
         for packet in segment.segment(source, IP_HEADER, protocol, gso, out):
             self._write((VNET_PLAIN, packet), 1)
+
+
+def _of_sender(routes: RouteTable, sender: str) -> Admit:
+    """Return what decides whether an inner source is behind the peer with this public address."""
+    lookup = routes.lookup
+
+    def is_of_sender(source: bytes) -> bool:
+        peer = lookup(source)
+        return peer is not None and peer.ip == sender
+
+    return is_of_sender
 
 
 def _size_of_each(control: Sequence[tuple[int, int, bytes]]) -> int:
