@@ -430,15 +430,16 @@ class Transmitter:
         if error.errno == errno.EAGAIN:
             self._counters.drop_send_full += count
             return False
-        if error.errno == errno.EMSGSIZE:
-            # Larger than the path to the peer; alone the kernel fragments it.
+        if error.errno in (errno.EMSGSIZE, errno.EINVAL):
+            # Larger than the path to the peer, for which kernels before 6.14 say EINVAL; alone the
+            # kernel fragments it. One peer's path is no reason to slow down all.
             if len(self._too_big) > 1024:
                 self._too_big.clear()
             if peer.ip not in self._too_big:
                 self._say(f"packets of {size} bytes are too big for the path to {peer.ip}")
             self._too_big[peer.ip] = (size, time.monotonic() + _TOO_BIG_SECONDS)
             return True
-        if error.errno in (errno.EIO, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOPROTOOPT):
+        if error.errno in (errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT):
             # EIO: a device without checksum offload, before Linux 6.11.
             self.segments = False
             self._say(
