@@ -28,7 +28,8 @@ from network import (
 
 from lab import Flanneld, eventually
 from lab.certs import make as make_certificates
-from lab.etcd import EtcdCluster, Login
+from lab.cluster import EtcdCluster
+from lab.etcd import Login
 from lab.namespaces import CONFIG_KEY, UNDERLAY
 
 
@@ -99,22 +100,16 @@ def test_of_three_endpoints_one_may_be_dead_at_any_time(make_lab: MakeLab) -> No
     put_config(lab)
     first, second, _ = cluster.members
     first.kill()
-    wait_for_leader(cluster, first)
+    cluster.wait_healthy(without=first)
     one, two, three = lab.hosts
     daemons = start(one, two)
     wait_meshed(daemons, 2 * PATIENCE)
     first.start()
     second.kill()
-    wait_for_leader(cluster, second)
+    cluster.wait_healthy(without=second)
     daemons += start(three)
     wait_meshed(daemons, 2 * PATIENCE)
     assert all(daemon.is_running for daemon in daemons)
-
-
-def wait_for_leader(cluster: EtcdCluster, dead: object) -> None:
-    for member in cluster.members:
-        if member is not dead:
-            member.wait_healthy()
 
 
 def test_the_first_of_three_endpoints_does_not_exist(make_lab: MakeLab) -> None:
