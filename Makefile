@@ -13,7 +13,7 @@ PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nse
 	openssl:openssl gcc:gcc
 HEADERS := libc6-dev python3-dev python3-venv
 
-.PHONY: help install packages demo test lint unit netns bench-vxlan soak-udp bench-udp clean
+.PHONY: help install packages demo test lint unit netns chaos bench-vxlan soak-udp bench-udp clean
 
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint      ruff and mypy only"
 	@echo "make unit      unit tests only (no root, no network)"
 	@echo "make netns     the tests on the real kernel only (root)"
+	@echo "make chaos     failures of etcd with 20 hosts and a minute each (root; 15 min)"
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
 	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
@@ -65,6 +66,9 @@ unit: $(STAMP)
 
 netns: $(STAMP)
 	$(BIN)/pytest tests/netns
+
+chaos: $(STAMP)
+	FLANNEL_CHAOS=1 $(BIN)/pytest -rP tests/chaos
 
 soak-udp: $(STAMP)
 	FLANNEL_UDP_MB=2000 $(BIN)/pytest tests/netns/test_udp_tunnel.py -k much_data
