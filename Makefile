@@ -16,7 +16,7 @@ HEADERS := libc6-dev python3-dev python3-venv
 # The tests start their own. See /usr/share/doc/init-system-helpers/README.policy-rc.d.gz.
 POLICY := /usr/sbin/policy-rc.d
 
-.PHONY: help install packages demo test lint unit netns docker bench-vxlan soak-udp bench-udp clean
+.PHONY: help install packages demo test lint unit netns docker chaos bench-vxlan soak-udp bench-udp clean
 
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
@@ -27,6 +27,7 @@ help:
 	@echo "make unit      unit tests only (no root, no network)"
 	@echo "make netns     the tests on the real kernel only (root)"
 	@echo "make docker    the tests with a real dockerd on each host only (root)"
+	@echo "make chaos     failures of etcd with 20 hosts and a minute each (root; 15 min)"
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
 	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
@@ -75,6 +76,9 @@ netns: $(STAMP)
 
 docker: $(STAMP)
 	$(BIN)/pytest tests/docker
+
+chaos: $(STAMP)
+	FLANNEL_CHAOS=1 $(BIN)/pytest -rP tests/chaos
 
 soak-udp: $(STAMP)
 	FLANNEL_UDP_MB=2000 $(BIN)/pytest tests/netns/test_udp_tunnel.py -k much_data

@@ -22,7 +22,10 @@ REPEAT = 60.0
 
 
 class Outage:
-    """One thing that may be away for a while, seen from one loop."""
+    """One thing that may be away for a while, seen from one loop or from several.
+
+    Safe for use by several threads: what is away for all is said once.
+    """
 
     def __init__(
         self,
@@ -47,28 +50,42 @@ class Outage:
         self._reason: frozenset[str] | None = None
         self._logged = 0.0
         self._pause = FIRST_PAUSE
+        self._lock = threading.Lock()
 
-    def failed(self, reason: object, stop: threading.Event, level: int = logging.ERROR) -> bool:
-        """Take note of a failure and pause; return False if it is time to stop."""
+    def failed(
+        self,
+        reason: object,
+        stop: threading.Event,
+        level: int = logging.ERROR,
+        *,
+        kind: str = "",
+    ) -> bool:
+        """Take note of a failure and pause; return False if it is time to stop.
+
+        Failures of one ``kind`` count as one reason, whatever their texts.
+        """
         text, time = str(reason), now()
-        if self._since is None:
-            self._since = time
-            if time - self._over_at >= CALM:
-                self._reason, self._pause = None, FIRST_PAUSE
-        essence = _essence(text)
-        if essence != self._reason or time - self._logged >= REPEAT:
-            self._log(level, f"{self._message}: {text}")
-            self._reason, self._logged, self._said = essence, time, True
-        return not stop.wait(self._next_pause())
+        with self._lock:
+            if self._since is None:
+                self._since = time
+                if time - self._over_at >= CALM:
+                    self._reason, self._pause = None, FIRST_PAUSE
+            essence = frozenset({kind}) if kind else _essence(text)
+            if essence != self._reason or time - self._logged >= REPEAT:
+                self._log(level, f"{self._message}: {text}")
+                self._reason, self._logged, self._said = essence, time, True
+            pause = self._next_pause()
+        return not stop.wait(pause)
 
     def over(self) -> None:
         """Take note of a success."""
-        if self._since is None:
-            return
-        if self._said and self._recovered:
-            away = go_duration(round(now() - self._since) * 1_000_000_000)
-            self._log(logging.INFO, f"{self._recovered} (after {away})")
-        self._since, self._said, self._over_at = None, False, now()
+        with self._lock:
+            if self._since is None:
+                return
+            if self._said and self._recovered:
+                away = go_duration(round(now() - self._since) * 1_000_000_000)
+                self._log(logging.INFO, f"{self._recovered} (after {away})")
+            self._since, self._said, self._over_at = None, False, now()
 
     def _next_pause(self) -> float:
         if self._steady is not None:

@@ -14,7 +14,8 @@ from lab.process import LabError, end, environment, tail
 from lab.wait import NotInTime, eventually
 
 if TYPE_CHECKING:
-    from lab.etcd import Etcd, EtcdCluster
+    from lab.cluster import EtcdCluster
+    from lab.etcd import Etcd
     from lab.namespaces import Host
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""A real etcd with the v2 API, alone or as a cluster, to be frozen, killed, emptied, restored.
+"""A real etcd with the v2 API, to be frozen, killed, emptied, restored.
 
 Needs etcd 3.4 or 3.5 (Debian's etcd-server): 3.6 no longer has ``--enable-v2``.
 """
@@ -130,9 +130,13 @@ class Etcd:
             raise LabError(f"etcd {self.member.name} does not run")
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def client_flags(self) -> list[str]:
         """The flags a flanneld needs to use this etcd: endpoints, certificates, user."""
-        return _client_flags(self.endpoints, self.certificates, self._login)
+        return client_flags(self.endpoints, self.certificates, self._login)
 
     def client(self, login: Login | None = None, timeout: float = 5.0) -> EtcdV2:
         """A new client, usable from here although etcd may listen inside a namespace.
@@ -167,7 +171,7 @@ class Etcd:
 
     def launch(self) -> None:
         """Start the process only. Raises LabError if it runs already."""
-        if self._process is not None and self._process.poll() is None:
+        if self.is_running:
             raise LabError(f"etcd {self.member.name} runs already")
         argv = self._command()
         if self._namespace is not None:
@@ -315,61 +319,7 @@ class Etcd:
         names.remove_directory(self.directory)
 
 
-class EtcdCluster:
-    """Members with an address each (10.97.0.251 and up) on the bridge of one namespace."""
-
-    def __init__(self, namespace: "Namespace", members: int = 3) -> None:
-        network = IPv4Address("10.97.0.250")
-        known = [Member(f"m{n}", network + n, 2379, 2380) for n in range(1, members + 1)]
-        namespace.ip(*(f"addr add {member.address}/32 dev br0" for member in known))
-        self.members: list[Etcd] = []
-        for member in known:
-            self.members.append(
-                Etcd(member.address, namespace=namespace, members=known, name=member.name)
-            )
-
-    @property
-    def endpoints(self) -> str:
-        """All members, for flanneld's --etcd-endpoints."""
-        return ",".join(member.url for member in self.members)
-
-    def client_flags(self) -> list[str]:
-        """As ``Etcd.client_flags``, with all members."""
-        return _client_flags(self.endpoints, None, None)
-
-    def client(self, timeout: float = 5.0) -> EtcdV2:
-        """A client of the first member that is healthy. Raises LabError if none is."""
-        for member in self.members:
-            with member.client(timeout=1.0) as probe:
-                healthy = probe.is_healthy()
-            if healthy:
-                return member.client(timeout=timeout)
-        raise LabError("no member of the etcd cluster is healthy")
-
-    def start(self) -> None:
-        """Start all members and wait until each has joined."""
-        for member in self.members:
-            member.launch()
-        for member in self.members:
-            member.wait_healthy()
-
-    def wipe(self) -> None:
-        """All members come back with no data at all."""
-        for member in self.members:
-            member.kill()
-            shutil.rmtree(member.data, ignore_errors=True)
-        self.start()
-
-    def explain(self) -> str:
-        return "\n".join(member.explain() for member in self.members)
-
-    def close(self) -> None:
-        """End all members and remove their files. Safe to repeat."""
-        for member in self.members:
-            member.close()
-
-
-def _client_flags(
+def client_flags(
     endpoints: str, certificates: certs.Certificates | None, login: Login | None
 ) -> list[str]:
     flags = [f"--etcd-endpoints={endpoints}"]

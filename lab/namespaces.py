@@ -23,8 +23,9 @@ from lab.process import LabError, end, environment, run
 from lab.signals import stop_signals_raise, undisturbed
 
 if TYPE_CHECKING:
+    from lab.cluster import EtcdCluster
     from lab.daemon import Flanneld
-    from lab.etcd import Etcd, EtcdCluster
+    from lab.etcd import Etcd
 
 T = TypeVar("T")
 
@@ -278,9 +279,9 @@ class Lab:
 
     def start_etcd_cluster(self, members: int = 3) -> "EtcdCluster":
         """Start a cluster on 10.97.0.251 and up, port 2379, and wait until it is healthy."""
-        from lab.etcd import EtcdCluster
+        from lab.cluster import EtcdCluster
 
-        cluster = EtcdCluster(self.underlay, members)
+        cluster = EtcdCluster(self, members)
         self.etcd = cluster
         self.when_closing(cluster.close)
         cluster.start()

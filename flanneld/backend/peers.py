@@ -16,7 +16,7 @@ from flanneld.backend.device import Device, DeviceWatch, remove_former
 from flanneld.backend.feed import LeaseFeed, log_changes
 from flanneld.errors import DeviceError
 from flanneld.kernel.reconcile import Reconciler, Territory
-from flanneld.kernel.state import Entry, Route, Slot
+from flanneld.kernel.state import Entry, Found, Route, Slot, contains
 from flanneld.subnet.config import Config
 from flanneld.subnet.lease import BadLease, Lease
 from flanneld.subnet.manager import SubnetManager
@@ -64,6 +64,7 @@ class PeerNetwork:
         """
         self.lease = lease
         self.mtu = mtu
+        self._network = config.network
         self._feed = LeaseFeed(manager, config, lease)
         self._device = device
         self._watch = DeviceWatch(device)
@@ -147,7 +148,6 @@ class PeerNetwork:
             if self._placed:
                 reconciler.update(put, drop)
             elif not self._watch.is_planned:
-                # The first time: what is left of a former run and not wanted is swept.
                 self._set_all(reconciler)
             complete = True
         return complete
@@ -238,8 +238,23 @@ class PeerNetwork:
         """Make all entries anew, and compare the kernel with them."""
         self._peers = {s: self._device.entries(lease) for s, lease in self._leases.items()}
         self._users = Counter(s for peer in self._peers.values() for s in _shareable(peer))
-        reconciler.set_all(self._entries(), self._device.territory())
+        # At the first comparison the kernel may have something that a former run left.
+        spare = None if reconciler.in_step else self._may_be_a_peers
+        reconciler.set_all(self._entries(), self._device.territory(), spare)
         self._placed = True
+
+    def _may_be_a_peers(self, found: Found) -> bool:
+        """Tell whether an entry of a former run may be that of a peer which the store has lost.
+
+        Not if the store knows whose subnet it is, and not under another Network or SubnetLen.
+        Neighbours and FDB entries harm nobody without their route.
+        """
+        entry = found.entry
+        if not isinstance(entry, Route):
+            return True
+        subnet, own = entry.dst, self.lease.subnet
+        like_ours = subnet.prefixlen == own.prefixlen and contains(self._network, subnet)
+        return like_ours and subnet != own and subnet not in self._ignored
 
 
 def _shareable(entries: Sequence[Entry]) -> Iterator[Slot]:

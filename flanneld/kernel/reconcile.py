@@ -6,11 +6,16 @@ after anything that may have cost entries without saying so (a link going down t
 routes along silently) the kernel's entries are compared with those wanted. It is used by one
 thread only, which calls `Reconciler.handle` when the descriptor is readable and `Reconciler.work`
 when `Reconciler.due` says so.
+
+What a former run left and nobody wants is not swept at once. The first set of peers comes from a
+store that may have lost its data (emptied, or restored from a backup), and that cannot be seen from
+one look at it: the peers that it lacks may be alive, and publish their leases again within seconds.
+So their entries are spared for `SPARE` seconds, unless a wanted entry takes their slot.
 """
 
 import errno
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
@@ -50,6 +55,10 @@ CHECK_FAILED = 1.0
 # Seconds between two repairs. Somebody who keeps deleting our entries gets slower answers, but
 # never slower than half a second.
 FIRST_GAP, LONGEST_GAP, CALM = 0.02, 0.5, 5.0
+
+# Seconds for which a former run's entries are spared. A peer looks after its lease again within the
+# 3 s of a pause; a member of the store that is dead or mute may cost it 2 + 5 s more.
+SPARE = 15.0
 
 # "neighbour table overflow", in the words of errno.
 _TABLE_FULL = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
@@ -102,6 +111,9 @@ class Reconciler:
         self._trouble = ""
         self._look_wide = True
         self._kept: frozenset[Found] = frozenset()
+        self._spare: Callable[[Found], bool] | None = None
+        self._spared: frozenset[Found] = frozenset()
+        self._spare_until = 0.0
         self.in_step = False
         """A comparison has succeeded."""
 
@@ -109,9 +121,18 @@ class Reconciler:
         """Return the descriptor that becomes readable when the kernel has something to tell."""
         return self._monitor.fileno()
 
-    def set_all(self, entries: Iterable[Entry], territory: Territory) -> None:
-        """Want exactly these entries, and compare with the kernel at once."""
-        self._territory = territory
+    def set_all(
+        self,
+        entries: Iterable[Entry],
+        territory: Territory,
+        spare: Callable[[Found], bool] | None = None,
+    ) -> None:
+        """Want exactly these entries, and compare with the kernel at once.
+
+        ``spare`` says which of the entries that are ours and not wanted now may belong to a peer
+        all the same: see the module's text.
+        """
+        self._territory, self._spare = territory, spare
         self._wanted = {entry.slot: entry for entry in entries}
         self._ours &= self._wanted.keys()
         self._check()
@@ -220,7 +241,8 @@ class Reconciler:
             self._failed(error)
             return
         self._look_wide = False
-        changes = difference(self._wanted, found, self._territory.holds)
+        self._choose_spared(found)
+        changes = difference(self._wanted, found, self._is_stale)
         missing = {entry.slot for entry in changes.write}
         self._ours.update(self._wanted.keys() - missing)
         # Gone without a word, as with a link: who came meanwhile did not replace ours. What is
@@ -243,6 +265,27 @@ class Reconciler:
             known = tried_before | set(self._refused)
             self._log_recovered([entry for entry in changes.write if entry not in known])
         self.in_step = True
+
+    def _choose_spared(self, found: Sequence[Found]) -> None:
+        """Settle, at the first comparison, what is spared; later, whether its time is over."""
+        if self._spare is not None:
+            spare, self._spare = self._spare, None
+            left = difference(self._wanted, found, self._territory.holds).delete
+            self._spared = frozenset(item for item in left if spare(item))
+            self._spare_until = now() + SPARE
+            if self._spared:
+                log.info(
+                    "Keeping %d kernel entries of a former run for %.0f s: the store does not know"
+                    " their hosts, which may be about to publish their leases again",
+                    *(len(self._spared), SPARE),
+                )
+        if now() >= self._spare_until:
+            self._spared = frozenset()
+        if self._spared and self._check_at is not None:
+            self._check_at = min(self._check_at, self._spare_until)
+
+    def _is_stale(self, found: Found) -> bool:
+        return self._territory.holds(found) and found not in self._spared
 
     def _find(self) -> list[Found]:
         """Return the entries to compare with; of others' routes only when there may be news."""

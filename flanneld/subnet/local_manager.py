@@ -77,6 +77,8 @@ class LocalManager:
         self._previous = previous
         self._config_text = ""
         self._random = random.Random()  # noqa: S311 - spreads hosts, keeps no secret
+        # Of both watches: it is one store that is away.
+        self._away = Outage(log.log, "Watch subnets", recovered="Watch subnets is back")
 
     def __str__(self) -> str:
         return f"Etcd Local Manager with Previous Subnet: {self._previous or '0.0.0.0/0'}"
@@ -173,11 +175,10 @@ class LocalManager:
     def watch_lease(self, lease: Lease, stop: threading.Event) -> Iterator[LeaseStatus]:
         """See `SubnetManager.watch_lease`."""
         name = subnet_key(lease.subnet)
-        away = Outage(log.log, "Subnet watch failed", recovered="Subnet watch is back")
         while not stop.is_set():
             try:
                 node, index = self._store.read(name)
-                away.over()
+                self._away.over()
                 yield _status(lease, node)
                 while not stop.is_set():
                     poll = self._store.poll(name, index, self._spread(OWN_POLL))
@@ -191,8 +192,7 @@ class LocalManager:
             except Behind:
                 stop.wait(BEHIND_PAUSE)
             except StoreError as error:
-                if not stop.is_set():
-                    away.failed(error, stop)
+                self._watch_failed(error, stop)
 
     def watch_leases(
         self, config: Config, own: Lease, stop: threading.Event
@@ -203,12 +203,11 @@ class LocalManager:
             return check_peer(lease, config.network, own.subnet, own.attrs.public_ip)
 
         tracker = LeaseTracker(subnet_key(own.subnet), reject)
-        away = Outage(log.log, "Watch subnets", recovered="Watch subnets is back")
         first = True
         while not stop.is_set():
             try:
                 events = tracker.snapshot(self._store.snapshot(), now())
-                away.over()
+                self._away.over()
                 _log_notes(tracker)
                 if events or first:
                     first = False
@@ -221,17 +220,32 @@ class LocalManager:
                 log.log(verbose(1), "Watch subnets: %s", error)
                 stop.wait(BEHIND_PAUSE)
             except StoreError as error:
-                if not stop.is_set():
-                    away.failed(error, stop)
+                self._watch_failed(error, stop)
+
+    def _watch_failed(self, error: StoreError, stop: threading.Event) -> None:
+        """Say so, once for both watches, and pause."""
+        if not stop.is_set():
+            # First the connection breaks, then new ones are refused: that is no news.
+            kind = "away" if isinstance(error, StoreUnavailable) else ""
+            self._away.failed(error, stop, kind=kind)
 
     def _follow(self, tracker: LeaseTracker, stop: threading.Event) -> Iterator[list[LeaseEvent]]:
         """Poll after the tracker's index until a snapshot is the better way on."""
+        idle = False
         while not stop.is_set():
             wait, due = self._spread(POLL), tracker.due(now())
             if due is not None:
                 wait = min(wait, due + 0.01)  # a little late, so that something is due then
             began = now()
-            poll = self._store.poll(None, tracker.index, wait)
+            try:
+                poll = self._store.poll(None, tracker.index, wait)
+            except HistoryCleared as error:
+                if not idle:
+                    raise
+                # Others wrote 1,000 times elsewhere in the store while we waited for an event.
+                log.log(verbose(1), "Watch subnets: %s", error)
+                return
+            idle = poll.event is None
             if poll.event is None:
                 tracker.advance(poll.index)
                 self._check_config()

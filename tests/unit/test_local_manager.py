@@ -3,6 +3,7 @@
 On a double, see `memory_store`; the real etcd is in tests/store.
 """
 
+import logging
 import threading
 from ipaddress import IPv4Address, IPv4Network
 
@@ -438,3 +439,58 @@ def test_endless_races_are_given_up(
     with pytest.raises(StoreError, match=f"changed {RACES} times"):
         manager.keep_lease(lease)
     assert store.calls == ["swap", "read"] * RACES
+
+
+# Watching.
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is logged from warnings on."""
+    # logs.setup() of another test may have cut it off.
+    monkeypatch.setattr(logging.getLogger("flanneld"), "propagate", True)
+    texts: list[str] = []
+    handler = caplog.handler
+    monkeypatch.setattr(handler, "emit", lambda record: texts.append(record.getMessage()))
+    return texts
+
+
+def forget(store: MemoryStore, before: str) -> None:
+    """A peer joins and more is written elsewhere than the store remembers, once, before a call."""
+
+    def on_call() -> None:
+        if store.calls[-1:] == [before]:
+            store.on_call = lambda: None
+            store.data.put("10.5.7.0-24", OTHER, 60)
+            store.data.index += 1000
+            store.data.forget_history()
+
+    store.on_call = on_call
+
+
+def test_a_history_used_up_by_others_while_nothing_happened_is_no_news(
+    store: MemoryStore, manager: LocalManager, lease: Lease, stop: Stop, heard: list[str]
+) -> None:
+    store.on_idle = lambda _: True
+    manager.network_config()
+    watch = manager.watch_leases(CONFIG, lease, stop)
+    assert next(watch) == []
+    store.calls.clear()
+    forget(store, before="config")
+    (event,) = next(watch)
+    assert str(event.lease.subnet) == "10.5.7.0/24"
+    assert store.calls == ["poll", "config", "poll", "snapshot"]
+    assert heard == []
+
+
+def test_a_history_used_up_at_any_other_time_is_said(
+    store: MemoryStore, manager: LocalManager, lease: Lease, stop: Stop, heard: list[str]
+) -> None:
+    watch = manager.watch_leases(CONFIG, lease, stop)
+    assert next(watch) == []
+    forget(store, before="snapshot")
+    (event,) = next(watch)
+    assert str(event.lease.subnet) == "10.5.7.0/24"
+    assert heard == [
+        "Watch of subnet leases failed because etcd index outside history window",
+    ]

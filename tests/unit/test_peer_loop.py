@@ -102,7 +102,7 @@ class Kernel:
         os.eventfd_read(self._bell)
         return self.events.get()
 
-    def set_all(self, entries: Iterable[Entry], _: Territory) -> None:
+    def set_all(self, entries: Iterable[Entry], _: Territory, _spare: object) -> None:
         self.wanted = {entry.slot: entry for entry in entries}
         self.in_step = True
 

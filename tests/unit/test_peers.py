@@ -107,6 +107,7 @@ class FakeReconciler:
         self.kernel: dict[Slot, Entry] = {}
         self.territory: Territory | None = None
         self.calls: list[str] = []
+        self.spares: list[Callable[[Found], bool] | None] = []
         self.in_step = False
         self.events: list[KernelEvent] = []
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
@@ -116,8 +117,14 @@ class FakeReconciler:
     def fileno(self) -> int:
         return self.bell
 
-    def set_all(self, entries: Iterable[Entry], territory: Territory) -> None:
+    def set_all(
+        self,
+        entries: Iterable[Entry],
+        territory: Territory,
+        spare: Callable[[Found], bool] | None,
+    ) -> None:
         self.calls.append("set_all")
+        self.spares.append(spare)
         self.kernel = {entry.slot: entry for entry in entries}
         assert self._has_device()
         self.territory, self.in_step = territory, True
@@ -253,10 +260,31 @@ def test_the_first_batch_is_everything() -> None:
     assert result.territory == Territory((CONFIG.network,), INDEX)
 
 
-def test_an_empty_first_batch_sweeps_what_is_left() -> None:
+def test_an_empty_first_batch_is_compared_with_the_kernel() -> None:
     result = follow([], neighbours=False)
     assert result.calls == ["set_all"]
     assert result.territory == Territory((CONFIG.network,), INDEX)
+
+
+def test_what_a_former_run_left_for_a_peer_is_spared_the_first_time() -> None:
+    """Whose subnet the store knows, or what cannot be a peer's under this config, is not."""
+    another, of_no_use = lease(2, kind="host-gw"), lease(3, mac=BAD)
+    result = follow(
+        [added(lease(1)), added(another), added(of_no_use)],
+        tell(link(7), calls=1),
+        device=FakeDevice(INDEX, 7),
+    )
+    assert result.calls == ["set_all", "set_all"]
+    spare, later = result.spares
+    assert spare is not None
+    assert later is None
+    neighbour, fdb, route = (Found(entry, PROTOCOL) for entry in entries(lease(7), INDEX))
+    assert spare(neighbour)
+    assert spare(fdb)
+    assert spare(route)
+    for subnet in ("10.5.2.0/24", "10.5.3.0/24", "10.5.99.0/24", "10.6.1.0/24", "10.5.7.0/25"):
+        there = Route(IPv4Network(subnet), IPv4Address("192.168.0.7"), INDEX)
+        assert not spare(Found(there, PROTOCOL))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,20 @@ def test_another_reason_is_logged_at_once(stop: Stop) -> None:
     assert {level for level, _ in log.lines} == {logging.INFO}
 
 
+def test_failures_of_one_kind_are_one_reason(stop: Stop) -> None:
+    log = Log()
+    outage = Outage(log, "Watch", steady=1.0)
+    for reason in ("closed", "refused", "timeout"):
+        outage.failed(reason, stop, kind="away")
+    outage.failed("denied", stop)
+    outage.failed("refused", stop, kind="away")
+    assert [text for _, text in log.lines] == ["Watch: closed", "Watch: denied", "Watch: refused"]
+    for _ in range(int(REPEAT)):
+        outage.failed("timeout", stop, kind="away")
+    assert log.lines[-1][1] == "Watch: timeout"
+    assert len(log.lines) == 4
+
+
 REFUSED = "http://10.97.0.11:2379: connection refused"
 SILENT = "http://10.97.0.12:2379: i/o timeout"
 

@@ -1,0 +1,155 @@
+"""etcd comes back empty, or older than it was, while hosts run and while one of them starts."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from network import (
+    PATIENCE,
+    MakeLab,
+    Pings,
+    client_of,
+    etcd_of,
+    key_of,
+    leases,
+    put_config,
+)
+from overlay import entries
+
+from flanneld.kernel.reconcile import SPARE
+from lab import Flanneld, Host, eventually
+
+from .fleet import Fleet
+
+WAYS = ["emptied", "restored from a backup"]
+
+# Peers made up by hand: one that publishes nothing again, and one whose subnet gets another host.
+GONE, TAKEN = 201, 202
+
+
+def subnet_of(number: int) -> str:
+    return f"10.5.{number}.0/24"
+
+
+def put_peer(fleet: Fleet, number: int, host: int = 0) -> None:
+    """Write the lease of 10.5.NUMBER.0/24 for 10.97.0.HOST; the two are one unless said."""
+    mac = f'{{"VtepMAC":"02:00:00:00:01:{host or number:02x}"}}'
+    kind = {
+        "host-gw": ',"BackendType":"host-gw"',
+        "vxlan": f',"BackendType":"vxlan","BackendData":{mac}',
+    }.get(fleet.backend, "")
+    with client_of(fleet.lab) as client:
+        client.put(
+            key_of(subnet_of(number)), f'{{"PublicIP":"10.97.0.{host or number}"{kind}}}', ttl=600
+        )
+
+
+def start_fleet(make_lab: MakeLab, backend: str, hosts: int) -> tuple[Fleet, Callable[[str], None]]:
+    """Start hosts, the last of them after a backup. Return them, and how etcd loses its data."""
+    lab = make_lab(hosts)
+    put_config(lab, Backend={"Type": backend})
+    fleet = Fleet(lab, backend)
+    fleet.start(*lab.hosts[:-1])
+    etcd = etcd_of(lab)
+    backup = etcd.backup()
+    fleet.start(lab.hosts[-1])
+
+    def lose(how: str) -> None:
+        if how == WAYS[0]:
+            etcd.wipe()
+            put_config(lab, Backend={"Type": backend})
+        else:
+            etcd.restore(backup)
+
+    return fleet, lose
+
+
+@pytest.mark.parametrize(
+    ("how", "backend"),
+    [(WAYS[0], "vxlan"), (WAYS[0], "udp"), (WAYS[1], "host-gw")],
+)
+def test_etcd_comes_back_empty_or_older_while_hosts_run(
+    make_lab: MakeLab, how: str, backend: str
+) -> None:
+    fleet, lose = start_fleet(make_lab, backend, 5)
+    before = {subnet: node.value for subnet, node in leases(fleet.lab).items()}
+    assert len(before) == 5
+
+    def all_back() -> bool:
+        return {s: node.value for s, node in leases(fleet.lab).items()} == before
+
+    # The newest host is one of those with pings: the backup knows nothing of it.
+    with Pings(fleet.lab.hosts[-2:]) as pings:
+        lose(how)
+        began = time.monotonic()
+        eventually(all_back, PATIENCE, "all leases in etcd again")
+        print(f"{how}, {backend}: all leases back in {time.monotonic() - began:.1f} s")
+        fleet.expect_converged(f"{how}, {backend}")
+        pings.go_on(20)
+        # The watches work on etcd's new count.
+        fleet.start(fleet.lab.add_host())
+    for daemon in fleet.daemons:
+        assert "Subnet removed" not in daemon.log()
+
+
+@contextmanager
+def frozen(daemon: Flanneld) -> Iterator[None]:
+    """The daemon does nothing for a while; its host goes on."""
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+
+
+def in_kernel(host: Host, backend: str, number: int) -> list[str]:
+    """Return what a host's kernel has of 10.5.NUMBER.0/24."""
+    shown = entries(host, "flannel.1" if backend == "vxlan" else "eth0")
+    return [line for line in shown if f"10.5.{number}.0" in line]
+
+
+@pytest.mark.parametrize(("how", "backend"), [(WAYS[0], "host-gw"), (WAYS[1], "vxlan")])
+def test_a_daemon_starts_on_an_etcd_that_came_back_empty_or_older(
+    make_lab: MakeLab, how: str, backend: str
+) -> None:
+    """It knows nobody, but its kernel does: a peer that is slow to publish again loses nothing.
+
+    Of who does not come back the entries go in the end; who gets a free subnet has it at once.
+    """
+    fleet, lose = start_fleet(make_lab, backend, 2)
+    starter, slow = fleet.daemons
+    host = starter.host
+    for number in (GONE, TAKEN):
+        put_peer(fleet, number)
+    fleet.expect_converged("made-up peers")
+    before = in_kernel(host, backend, TAKEN)
+    with Pings(fleet.lab.hosts) as pings:
+        starter.kill9()
+        with frozen(slow):
+            lose(how)
+            starter.start()
+            starter.wait_ready()
+            starter.wait_log(r"Keeping \d+ kernel entries of a former run for 15 s")
+            pings.go_on(20)
+            assert str(slow.subnet()) not in leases(fleet.lab)
+            assert in_kernel(host, backend, GONE)
+            put_peer(fleet, TAKEN, host=203)
+
+            def taken_over() -> bool:
+                now = in_kernel(host, backend, TAKEN)
+                return len(now) == len(before) and now != before
+
+            eventually(taken_over, PATIENCE, "the new owner's entries")
+            assert in_kernel(host, backend, GONE)
+        eventually(
+            lambda: str(slow.subnet()) in leases(fleet.lab), PATIENCE, "the slow peer's lease"
+        )
+        # The other one, which saw the leases before, keeps those of the made-up peers to their end.
+        alone = Fleet(fleet.lab, backend, [starter])
+        alone.expect_converged(f"start on etcd {how}", SPARE + PATIENCE)
+        assert not in_kernel(host, backend, GONE)
+    assert f"Removed stale route to {subnet_of(GONE)}" in starter.log()
+    assert f"Removed stale route to {slow.subnet()}" not in starter.log()
