@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 
 HOSTS ?= 3
 BACKEND ?= vxlan
+SECONDS ?= 600
 
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
@@ -16,7 +17,8 @@ HEADERS := libc6-dev python3-dev python3-venv
 # The tests start their own. See /usr/share/doc/init-system-helpers/README.policy-rc.d.gz.
 POLICY := /usr/sbin/policy-rc.d
 
-.PHONY: help install packages demo test lint unit netns docker chaos bench-vxlan soak-udp bench-udp clean
+.PHONY: help install packages demo test lint unit netns docker chaos fuzz bench-vxlan soak-udp \
+	bench-udp clean
 
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
@@ -28,6 +30,8 @@ help:
 	@echo "make netns     the tests on the real kernel only (root)"
 	@echo "make docker    the tests with a real dockerd on each host only (root)"
 	@echo "make chaos     failures of etcd with 20 hosts and a minute each (root; 15 min)"
+	@echo "make fuzz      a coverage-guided search for input that breaks a promise (SECONDS=600);"
+	@echo "               what it finds is in .fuzz"
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
 	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
@@ -80,6 +84,16 @@ docker: $(STAMP)
 chaos: $(STAMP)
 	FLANNEL_CHAOS=1 $(BIN)/pytest -rP tests/chaos
 
+# An environment of its own: what searches is no part of the tests.
+.venv-fuzz/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	.venv-fuzz/bin/python -m pip install --quiet --editable . --group dev 'atheris>=3,<4'
+	@touch $@
+
+fuzz: .venv-fuzz/.installed
+	PYTHONPATH=.:tests:tests/unit .venv-fuzz/bin/python -m fuzz.explore $(SECONDS) tests/fuzz/corpus .fuzz
+
 soak-udp: $(STAMP)
 	FLANNEL_UDP_MB=2000 $(BIN)/pytest tests/netns/test_udp_tunnel.py -k much_data
 
@@ -93,5 +107,5 @@ bench-vxlan: $(STAMP)
 	$(BIN)/python -m bench.vxlan_throughput
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-fuzz .fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find flanneld lab bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

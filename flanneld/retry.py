@@ -20,6 +20,9 @@ CALM = 10.0
 # Seconds after which a failure that stays the same is logged once more.
 REPEAT = 60.0
 
+# Lines within this time about what somebody else writes, whose number is theirs to choose.
+MOST_LINES = 100
+
 
 class Outage:
     """One thing that may be away for a while, seen from one loop or from several.
@@ -94,6 +97,34 @@ class Outage:
         self._pause = min(pause * 2, LONGEST_PAUSE)
         # Half of it at random: hosts that lost the same store do not come back in step.
         return pause * random.uniform(0.5, 1.0)  # noqa: S311 - no secret depends on it
+
+
+class Sparing:
+    """Warnings about what comes from outside: each one, but not without end.
+
+    After `MOST_LINES` within `REPEAT` seconds they are only counted, until the time is over and
+    another comes.
+    """
+
+    def __init__(self, log: Callable[[int, str], None]) -> None:
+        self._log = log
+        self._since = -REPEAT
+        self._said = self._left_out = 0
+
+    def __call__(self, text: str) -> None:
+        """Log a warning, or count it."""
+        time = now()
+        if time - self._since >= REPEAT:
+            if self._left_out:
+                self._log(logging.WARNING, f"{self._left_out} more such lines were left out")
+            self._since, self._said, self._left_out = time, 0, 0
+        if self._said < MOST_LINES:
+            self._said += 1
+            self._log(logging.WARNING, text)
+            return
+        if not self._left_out:
+            self._log(logging.WARNING, f"Too many such lines: no more for up to {REPEAT:.0f} s")
+        self._left_out += 1
 
 
 def _essence(reason: str) -> frozenset[str]:

@@ -56,6 +56,10 @@ class ExternalLink:
         """See `PeerDevice.territory`."""
         return Territory(self._networks)
 
+    def waiting(self) -> int:
+        """See `PeerDevice.waiting`."""
+        return 0
+
 
 class HostGW:
     """The host-gw backend; see the module's text."""

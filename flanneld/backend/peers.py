@@ -17,7 +17,9 @@ from flanneld.backend.feed import LeaseFeed, log_changes
 from flanneld.errors import DeviceError
 from flanneld.kernel.reconcile import Reconciler, Territory
 from flanneld.kernel.state import Entry, Found, Route, Slot, contains
+from flanneld.retry import Sparing
 from flanneld.subnet.config import Config
+from flanneld.subnet.gojson import shown
 from flanneld.subnet.lease import BadLease, Lease
 from flanneld.subnet.manager import SubnetManager
 from flanneld.subnet.watch import EventType, LeaseEvent
@@ -41,6 +43,13 @@ class PeerDevice(Device, Protocol):
 
     def territory(self) -> Territory:
         """Return what is ours to remove."""
+        ...
+
+    def waiting(self) -> int:
+        """Return the index whose entries must wait while the device cannot be mended.
+
+        The others are kept meanwhile. 0: there is no interface for them either, so all wait.
+        """
         ...
 
 
@@ -74,6 +83,7 @@ class PeerNetwork:
         self._leases: dict[IPv4Network, Lease] = {}
         self._users: Counter[Slot] = Counter()
         self._ignored: dict[IPv4Network, str] = {}
+        self._warn = Sparing(log.log)
         self._placed = False
         """All entries have been made, for a device that was there."""
         self._asked = False
@@ -122,7 +132,7 @@ class PeerNetwork:
                     self._set_all(reconciler)
             # First the device; meanwhile the reconciler remembers what was touched. While more
             # events come, one of them may be the device's: with it go thousands of entries.
-            if complete and not self._watch.is_planned and storm % STORM == 0:
+            if complete and storm % STORM == 0 and self._may_work(reconciler):
                 reconciler.work()
             if reconciler.in_step and not announced:
                 announced = True
@@ -134,10 +144,17 @@ class PeerNetwork:
 
     def _wait(self, reconciler: Reconciler, complete: bool) -> float | None:
         """Return the milliseconds until there is something to do; None: until an event."""
-        due = self._watch.due()
-        if due is None and complete:
-            due = reconciler.due()
+        times = [self._watch.due()]
+        if complete and self._may_work(reconciler):
+            times.append(reconciler.due())
+        due = min((time for time in times if time is not None), default=None)
         return None if due is None else due * 1000
+
+    def _may_work(self, reconciler: Reconciler) -> bool:
+        """Tell whether entries may be written: all of them, or those of a device in order."""
+        waiting = self._device.waiting() if self._watch.trouble and self._placed else 0
+        reconciler.hold(waiting)
+        return bool(waiting) or not self._watch.is_planned
 
     def _take_batches(self, reconciler: Reconciler, complete: bool) -> bool:
         """Apply the batches that have come. Return whether the peers are completely known."""
@@ -220,7 +237,7 @@ class PeerNetwork:
             self._ignored.pop(subnet, None)
             return ()
         if theirs != own:
-            problem = f"Ignoring non-{own} subnet({subnet}): type={theirs}"
+            problem = f"Ignoring non-{own} subnet({subnet}): type={shown(theirs)}"
         else:
             try:
                 entries = self._device.entries(lease)
@@ -231,7 +248,7 @@ class PeerNetwork:
                 return entries
         if self._ignored.get(subnet) != problem:
             self._ignored[subnet] = problem
-            log.warning("%s", problem)
+            self._warn(problem)
         return ()
 
     def _set_all(self, reconciler: Reconciler) -> None:

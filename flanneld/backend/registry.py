@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from flanneld.backend.base import Constructor
 from flanneld.errors import BackendError
+from flanneld.subnet.gojson import shown
 
 
 def _host_gw() -> Constructor:
@@ -41,7 +42,7 @@ def find_backend(name: str) -> Constructor:
     except KeyError:
         known = ", ".join(BACKENDS)
         raise BackendError(
-            f"unknown backend type: {name} (this version has: {known}; correct Backend.Type in the"
-            " network config)"
+            f"unknown backend type: {shown(name)} (this version has: {known};"
+            " correct Backend.Type in the network config)"
         ) from None
     return load()

@@ -151,7 +151,7 @@ class VxlanLink:
         self._own = own.subnet.network_address
         self._networks = networks
         self._connected: tuple[IPv4Network, ...] = ()
-        self._made_for: object = None
+        self._made_for: tuple[int, int, object] = (0, 0, None)
         """What the entries depend on, as of the last `ensure` that went well."""
 
     def is_touched_by(self, event: KernelEvent) -> bool:
@@ -181,6 +181,11 @@ class VxlanLink:
     def territory(self) -> Territory:
         """See `PeerDevice.territory`."""
         return Territory(self._networks, self._device.index)
+
+    def waiting(self) -> int:
+        """See `PeerDevice.waiting`: direct routes need only the external interface."""
+        # Not the device's index, if it was made anew but is not in order yet.
+        return self._made_for[0] if self._device.has_underlay else 0
 
     def _on_link(self, address: IPv4Address) -> bool:
         return any(address in network for network in self._connected)

@@ -26,7 +26,8 @@ def opened_kernel(what: str) -> Iterator[Any]:
     except NetlinkError as error:
         raise DeviceError(f"{what}: {os.strerror(error.code).lower()}") from error
     except OSError as error:
-        raise DeviceError(f"{what}: {error}") from error
+        reason = os.strerror(error.errno).lower() if error.errno else error
+        raise DeviceError(f"{what}: {reason}") from error
 
 
 def find_link(kernel: Any, name: str) -> Any:

@@ -29,6 +29,8 @@ _RECEIVE = 1 << 17
 _TIMEOUT = 5.0
 # ESRCH for a route, ENOENT for a neighbour or FDB entry.
 _GONE = frozenset({errno.ESRCH, errno.ENOENT})
+# The monitor's buffer ran over, or there was no memory for an event.
+_LOST = frozenset({errno.ENOBUFS, errno.ENOMEM})
 # A dump that was disturbed by a change is taken again; the last one is used as it is.
 _DUMP_TRIES = 4
 
@@ -284,10 +286,10 @@ class Monitor:
             except BlockingIOError:
                 break
             except OSError as error:
-                if error.errno != errno.ENOBUFS:
+                if error.errno not in _LOST:
                     raise
                 events.append(Overflow())
-                continue
+                break
             events += _events(data)
         return events
 

@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 
 # Seconds between comparisons when nothing happens: a net below the events, which suffice.
 CHECK = 60.0
-# The same while the kernel refuses entries; the original's interval.
-CHECK_REFUSED = 10.0
+# The same while the kernel refuses entries: soon at first, then at the original's interval.
+FIRST_CHECK_REFUSED, CHECK_REFUSED = 1.0, 10.0
 # Seconds until the kernel is asked again after a request failed as a whole.
 CHECK_FAILED = 1.0
 
@@ -114,6 +114,9 @@ class Reconciler:
         self._spare: Callable[[Found], bool] | None = None
         self._spared: frozenset[Found] = frozenset()
         self._spare_until = 0.0
+        self._patience = 0.0
+        self._held = 0
+        self._overflowed_at = now() - CALM
         self.in_step = False
         """A comparison has succeeded."""
 
@@ -146,6 +149,16 @@ class Reconciler:
         self._ours.difference_update(entry.slot for entry in gone)
         self._apply(put, [Found(entry, PROTOCOL) for entry in gone])
 
+    def hold(self, device: int) -> None:
+        """Leave the entries of a device (its index) alone; 0: of none, no more.
+
+        They stay as they are in the kernel, while all others are kept as wanted.
+        """
+        if device != self._held:
+            self._held = device
+            self._look_wide = True
+            self._check_soon()
+
     def handle(self) -> list[KernelEvent]:
         """Read what the kernel has to tell, and note what it means for our entries."""
         events = self._monitor.read()
@@ -159,9 +172,7 @@ class Reconciler:
                 case AddressEvent(index=index):
                     self._device_event(index in devices)
                 case Overflow():
-                    log.warning("Kernel events were lost: comparing everything")
-                    self._look_wide = True
-                    self._check_soon()
+                    self._overflow()
         return events
 
     def due(self) -> float | None:
@@ -199,6 +210,14 @@ class Reconciler:
         elif not event.deleted and self._territory.holds(found):
             self._check_soon()
 
+    def _overflow(self) -> None:
+        # In a storm the buffer runs over again and again: one line for all of it.
+        if now() - self._overflowed_at >= CALM:
+            log.warning("Kernel events were lost: comparing everything")
+        self._overflowed_at = now()
+        self._look_wide = True
+        self._check_soon()
+
     def _device_event(self, concerns_us: bool) -> None:
         if concerns_us:
             self._check_soon()
@@ -216,6 +235,7 @@ class Reconciler:
             entries = [self._wanted[s] for s in self._touched if s in self._wanted]
         else:
             entries = [entry for s, entry in self._wanted.items() if s in self._touched]
+        entries = [entry for entry in entries if entry.oif != self._held]
         self._touched.clear()
         self._slow_down(time)
         waiting = set(self._refused)
@@ -244,6 +264,8 @@ class Reconciler:
         self._choose_spared(found)
         changes = difference(self._wanted, found, self._is_stale)
         missing = {entry.slot for entry in changes.write}
+        if self._held:
+            changes = changes.without(self._held)
         self._ours.update(self._wanted.keys() - missing)
         # Gone without a word, as with a link: who came meanwhile did not replace ours. What is
         # ours and only different, or was replaced under our eyes, may be replaced.
@@ -290,6 +312,8 @@ class Reconciler:
     def _find(self) -> list[Found]:
         """Return the entries to compare with; of others' routes only when there may be news."""
         requests, device = self._socket(), self._territory.device
+        if device == self._held:
+            device = 0  # it may not be there
         if self._look_wide:
             found = requests.routes(0)
         else:
@@ -303,6 +327,9 @@ class Reconciler:
 
     def _apply(self, write: Sequence[Entry], delete: Sequence[Found]) -> bool:
         """Write, then delete. Return False if the kernel could not be asked."""
+        if self._held:
+            write = [entry for entry in write if entry.oif != self._held]
+            delete = [item for item in delete if item.entry.oif != self._held]
         try:
             refused, _ = self._socket().apply(write, [], self._may_replace)
             taken = [entry for entry, why in refused.items() if why.number == errno.EEXIST]
@@ -395,7 +422,8 @@ class Reconciler:
             )
         self._log_recovered(recovered)
         if self._refused:
-            retry = now() + CHECK_REFUSED
+            self._patience = FIRST_CHECK_REFUSED if fresh else self._patience * 2
+            retry = now() + min(self._patience, CHECK_REFUSED)
             self._check_at = retry if self._check_at is None else min(self._check_at, retry)
 
     @staticmethod
@@ -413,9 +441,10 @@ class Reconciler:
 
     def _failed(self, error: OSError) -> None:
         """The kernel could not be asked: say so once, and compare again in a moment."""
-        if str(error) != self._trouble:
-            self._trouble = str(error)
-            log.error("The kernel does not take our entries, trying every second: %s", error)
+        reason = (error.strerror or str(error)).lower()
+        if reason != self._trouble:
+            self._trouble = reason
+            log.error("The kernel does not take our entries, trying every second: %s", reason)
         if self._requests is not None:
             self._requests.close()
             self._requests = None

@@ -128,6 +128,13 @@ class Difference:
     """To add, or to replace what stands in the slot; in the order given by what is wanted."""
     delete: tuple[Found, ...]
 
+    def without(self, oif: int) -> "Difference":
+        """Return what is left when the entries of one device are left alone."""
+        return Difference(
+            tuple(entry for entry in self.write if entry.oif != oif),
+            tuple(item for item in self.delete if item.entry.oif != oif),
+        )
+
 
 def difference(
     wanted: Mapping[Slot, Entry], found: Iterable[Found], ours: Callable[[Found], bool]

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from socket import AF_INET
@@ -51,6 +52,8 @@ class VxlanDevice:
         """The device's MAC; it is ours to keep from the first `ensure` on."""
         self.index = 0
         self.underlay_index = 0
+        self.has_underlay = False
+        """The external interface was there at the last `ensure`."""
         self._settled = False
         self._addressed = 0
         self._refused_mtu = 0
@@ -60,6 +63,7 @@ class VxlanDevice:
         spec = self.spec
         with opened_kernel(f"cannot set up {spec.name}") as kernel:
             underlay = find_link(kernel, spec.underlay)
+            self.has_underlay = underlay is not None
             if underlay is None:
                 raise DeviceError(f"cannot set up {spec.name}: there is no {spec.underlay}")
             self.underlay_index = int(underlay["index"])
@@ -68,7 +72,7 @@ class VxlanDevice:
                 link = self._make(kernel)
                 if self._settled:
                     log.warning("%s was gone: it is made anew", spec.name)
-            elif not self._fits(link):
+            elif not self._fits(kernel, link):
                 kernel.link("del", index=link["index"])
                 link = self._make(kernel)
             elif self._settled and not link["flags"] & IFF_UP:
@@ -96,8 +100,11 @@ class VxlanDevice:
                     kernel.addr("del", index=self.index, address=str(other), prefixlen=length)
                     log.info("Removed IP address %s/%d from %s", other, length, self.spec.name)
 
-    def _fits(self, link: Any) -> bool:
-        """Tell whether the existing device can be kept; if not, say why."""
+    def _fits(self, kernel: Any, link: Any) -> bool:
+        """Tell whether the existing device can be kept; if not, say why.
+
+        Raises DeviceError where no other could be made in its place: it may still be of use.
+        """
         spec = self.spec
         kind = link.get(("linkinfo", "kind"))
         if kind != "vxlan":
@@ -105,11 +112,18 @@ class VxlanDevice:
                 f"{spec.name} exists and is no vxlan device (but {kind or 'another kind'}), so it"
                 " is not flannel's: rename or delete it, or choose another VNI"
             )
-        reason = _incompatible(link.get(("linkinfo", "data")), spec, self.underlay_index)
+        data = link.get(("linkinfo", "data"))
+        reason = _incompatible(data, spec, self.underlay_index)
         if reason is None:
             if not self._settled:
                 self.mac = link.get("address")
             return True
+        users = _users(kernel, spec.port)
+        if users.get(spec.vni, spec.name) != spec.name:
+            raise DeviceError(_used_by(users[spec.vni], spec))
+        # vxlan devices share their port, with no one else.
+        if not users and _is_taken(spec.port):
+            raise DeviceError(_port_in_use(spec))
         log.warning(
             '"%s" already exists with incompatible configuration: %s; recreating device',
             spec.name,
@@ -138,7 +152,12 @@ class VxlanDevice:
         except NetlinkError as error:
             if error.code != errno.EEXIST:
                 raise
-            raise DeviceError(_who_uses(kernel, spec)) from error
+            user = _users(kernel, spec.port).get(spec.vni)
+            if user is not None:
+                raise DeviceError(_used_by(user, spec)) from error
+            raise DeviceError(
+                f"cannot make {spec.name}: something with that name or VNI {spec.vni} exists"
+            ) from error
         _set_sysctl(f"net/ipv6/conf/{spec.name}/accept_ra", "0")
         link = find_link(kernel, spec.name)
         if link is None:
@@ -161,11 +180,7 @@ class VxlanDevice:
             except NetlinkError as error:
                 if error.code != errno.EADDRINUSE:
                     raise
-                raise DeviceError(
-                    f"cannot set up {spec.name}: UDP port {spec.port} is in use by another program"
-                    " or a vxlan device of another kind (GBP): free it, or set another Port in the"
-                    " network config"
-                ) from error
+                raise DeviceError(_port_in_use(spec)) from error
 
     def _set_mtu(self, kernel: Any, index: int, present: int) -> None:
         """Set the MTU; where the external interface's has shrunk meanwhile, keep the present."""
@@ -240,17 +255,39 @@ def _incompatible(data: Any, spec: VxlanSpec, underlay: int) -> str | None:
     return None
 
 
-def _who_uses(kernel: Any, spec: VxlanSpec) -> str:
+def _users(kernel: Any, port: int) -> dict[int, str]:
+    """Return the names of the vxlan devices that use a UDP port, by VNI."""
+    found = {}
     for link in kernel.get_links():
         data = link.get(("linkinfo", "data"))
-        if link.get(("linkinfo", "kind")) != "vxlan" or data is None:
-            continue
-        if (data.get("vxlan_id"), data.get("vxlan_port")) == (spec.vni, spec.port):
-            return (
-                f"cannot make {spec.name}: {link.get('ifname')} already uses VNI {spec.vni} on"
-                f" port {spec.port}: delete it, or set another VNI or Port in the network config"
-            )
-    return f"cannot make {spec.name}: something with that name or VNI {spec.vni} exists"
+        if link.get(("linkinfo", "kind")) == "vxlan" and data and data.get("vxlan_port") == port:
+            found[int(data.get("vxlan_id"))] = str(link.get("ifname"))
+    return found
+
+
+def _used_by(user: str, spec: VxlanSpec) -> str:
+    return (
+        f"cannot make {spec.name}: {user} already uses VNI {spec.vni} on"
+        f" port {spec.port}: delete it, or set another VNI or Port in the network config"
+    )
+
+
+def _port_in_use(spec: VxlanSpec) -> str:
+    return (
+        f"cannot set up {spec.name}: UDP port {spec.port} is in use by another program"
+        " or a vxlan device of another kind (GBP): free it, or set another Port in the"
+        " network config"
+    )
+
+
+def _is_taken(port: int) -> bool:
+    """Tell whether somebody has the UDP port."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _set_sysctl(path: str, value: str) -> None:

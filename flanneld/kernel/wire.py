@@ -5,6 +5,7 @@ in bulk goes through here. Layouts and constants are those of linux/netlink.h, l
 linux/neighbour.h and linux/if_link.h.
 """
 
+import errno
 import socket
 import struct
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ _ELSEWHERE = frozenset({NDA_PORT, NDA_VNI, NDA_IFINDEX, NDA_NH_ID})
 IFLA_IFNAME = 3
 IFF_UP = 1
 NLMSGERR_ATTR_MSG = 1
+# linux/err.h
+_MAX_ERRNO = 4095
 
 AF_BRIDGE = 7
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
@@ -255,6 +258,8 @@ def parse_error(data: bytes, offset: int, end: int, flags: int) -> tuple[int, st
     if end - offset < 4:
         return 0, ""
     number = -_S32.unpack_from(data, offset)[0]
+    if not 0 <= number <= _MAX_ERRNO:
+        number = errno.EPROTO  # no error code
     if not flags & NLM_F_ACK_TLVS:
         return number, ""
     # Behind the errno stands the header of the request (NETLINK_CAP_ACK), then the attributes.

@@ -26,9 +26,10 @@ from flanneld.errors import (
     StoreUnavailable,
 )
 from flanneld.logs import verbose
-from flanneld.retry import Outage
+from flanneld.retry import Outage, Sparing
 from flanneld.subnet.allocate import Create, Discard, Reuse, decide
 from flanneld.subnet.config import Config, parse_config
+from flanneld.subnet.gojson import shown
 from flanneld.subnet.lease import (
     BadLease,
     Lease,
@@ -203,16 +204,17 @@ class LocalManager:
             return check_peer(lease, config.network, own.subnet, own.attrs.public_ip)
 
         tracker = LeaseTracker(subnet_key(own.subnet), reject)
+        warn = Sparing(log.log)
         first = True
         while not stop.is_set():
             try:
                 events = tracker.snapshot(self._store.snapshot(), now())
                 self._away.over()
-                _log_notes(tracker)
+                _log_notes(tracker, warn)
                 if events or first:
                     first = False
                     yield events
-                yield from self._follow(tracker, stop)
+                yield from self._follow(tracker, warn, stop)
             except HistoryCleared:
                 log.warning(_HISTORY_CLEARED)
                 stop.wait(BEHIND_PAUSE)
@@ -229,7 +231,9 @@ class LocalManager:
             kind = "away" if isinstance(error, StoreUnavailable) else ""
             self._away.failed(error, stop, kind=kind)
 
-    def _follow(self, tracker: LeaseTracker, stop: threading.Event) -> Iterator[list[LeaseEvent]]:
+    def _follow(
+        self, tracker: LeaseTracker, warn: Sparing, stop: threading.Event
+    ) -> Iterator[list[LeaseEvent]]:
         """Poll after the tracker's index until a snapshot is the better way on."""
         idle = False
         while not stop.is_set():
@@ -255,7 +259,7 @@ class LocalManager:
             else:
                 events = tracker.event(poll.event, now())
             events += tracker.expire(now())
-            _log_notes(tracker)
+            _log_notes(tracker, warn)
             if events:
                 yield events
             if poll.store_index - tracker.index > max(CATCH_UP, len(tracker) // CATCH_UP):
@@ -283,9 +287,9 @@ class LocalManager:
         self._store.close()
 
 
-def _log_notes(tracker: LeaseTracker) -> None:
+def _log_notes(tracker: LeaseTracker, warn: Sparing) -> None:
     for note in tracker.take_notes():
-        log.warning("%s", note)
+        warn(note)
 
 
 def _read_leases(snapshot: Snapshot) -> tuple[list[Lease], list[IPv4Network], list[str]]:
@@ -295,7 +299,7 @@ def _read_leases(snapshot: Snapshot) -> tuple[list[Lease], list[IPv4Network], li
         try:
             leases.append(parse_lease(node.name, node.value, node.ttl, node.index))
         except BadLease as error:
-            notes.append(f"Ignoring bad subnet node {node.name}: {error}")
+            notes.append(f"Ignoring bad subnet node {shown(node.name)}: {error}")
             blocked = taken_range(node.name)
             if blocked is not None:
                 taken.append(blocked)

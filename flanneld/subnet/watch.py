@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address
 
+from flanneld.subnet.gojson import shown
 from flanneld.subnet.lease import BadLease, Lease, parse_lease
 from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
 
@@ -188,7 +189,7 @@ class LeaseTracker:
             return lease
         if self._ignored.get(node.name) != reason:
             self._ignored[node.name] = reason
-            self._notes.append(f"Ignoring bad subnet node {node.name}: {reason}")
+            self._notes.append(f"Ignoring bad subnet node {shown(node.name)}: {reason}")
         return None
 
     def _take(self, name: str, lease: Lease, now: float) -> list[LeaseEvent]:

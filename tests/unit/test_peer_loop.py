@@ -61,6 +61,7 @@ class Device:
 
     def __init__(self) -> None:
         self.trouble = ""
+        self.has_underlay = False
         self.looks = 0
         self.index = 7
 
@@ -79,6 +80,9 @@ class Device:
     def territory(self) -> Territory:
         return Territory((CONFIG.network,), self.index)
 
+    def waiting(self) -> int:
+        return self.index if self.has_underlay else 0
+
 
 class Kernel:
     """Stands in for the reconciler: keeps what is wanted, in a dictionary."""
@@ -87,7 +91,7 @@ class Kernel:
         self.wanted: dict[Slot, Entry] = {}
         self.events: queue.SimpleQueue[list[KernelEvent]] = queue.SimpleQueue()
         self.in_step = False
-        self.worked = 0
+        self.worked = self.held = 0
         self.overdue = False
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
 
@@ -113,6 +117,9 @@ class Kernel:
 
     def due(self) -> float | None:
         return 0.0 if self.overdue else None
+
+    def hold(self, device: int) -> None:
+        self.held = device
 
     def work(self) -> None:
         self.worked += 1
@@ -254,6 +261,23 @@ def test_the_device_comes_first_and_its_trouble_is_said_once(
     lines = [r.getMessage() for r in caplog.records if "eth0" in r.getMessage()]
     assert lines == ["cannot set up flannel.1: there is no eth0 (trying again every second)"]
     assert "The device flannel.1 is in order again" in caplog.text
+
+
+def test_what_needs_only_the_external_interface_is_kept_while_the_device_is_in_trouble(
+    net: Running,
+) -> None:
+    net.batch(added(lease(1)))
+    assert net.ready.wait(5)
+    assert net.kernel.held == 0
+    net.device.trouble, net.device.has_underlay = "cannot make flannel.1: no memory", True
+    net.kernel.tell(TOUCHED)
+    net.wait(lambda: net.kernel.held == net.device.index, "its entries to be held")
+    net.kernel.overdue, worked = True, net.kernel.worked
+    net.kernel.tell([])
+    net.wait(lambda: net.kernel.worked > worked, "the reconciler's work")
+    assert net.kernel.held == net.device.index
+    net.device.trouble = ""
+    net.wait(lambda: net.kernel.held == 0, "its entries to be held no longer")
 
 
 @pytest.mark.parametrize("overdue", [False, True])

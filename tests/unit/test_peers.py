@@ -91,6 +91,9 @@ class FakeDevice:
     def territory(self) -> Territory:
         return Territory((CONFIG.network,), self.index)
 
+    def waiting(self) -> int:
+        return 0
+
 
 def added(item: Lease, previous: Lease | None = None) -> LeaseEvent:
     return LeaseEvent(EventType.ADDED, item, previous)
@@ -159,6 +162,9 @@ class FakeReconciler:
 
     def due(self) -> float | None:
         return None
+
+    def hold(self, _device: int) -> None:
+        pass
 
     def work(self) -> None:
         pass

@@ -34,6 +34,14 @@ def test_an_unknown_name(name: str) -> None:
     assert "correct Backend.Type in the network config" in text
 
 
+def test_an_unknown_name_as_long_and_odd_as_etcd_lets_it_be() -> None:
+    with pytest.raises(BackendError) as caught:
+        find_backend("udp\n\u2028" + "x" * 100_000)
+    text = str(caught.value)
+    assert text.startswith("unknown backend type: udp\\x0a\\u2028xxx")
+    assert len(text) < 300
+
+
 def test_every_backend_can_be_loaded() -> None:
     for name in BACKENDS:
         assert callable(find_backend(name))

@@ -6,7 +6,15 @@ import pytest
 from memory_store import Clock, Stop
 
 from flanneld import retry
-from flanneld.retry import CALM, FIRST_PAUSE, LONGEST_PAUSE, REPEAT, Outage
+from flanneld.retry import (
+    CALM,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    MOST_LINES,
+    REPEAT,
+    Outage,
+    Sparing,
+)
 
 
 class Log:
@@ -162,3 +170,19 @@ def test_it_says_when_to_stop(stop: Stop) -> None:
     outage = Outage(Log(), "Watch")
     stop.set()
     assert not outage.failed("refused", stop)
+
+
+def test_what_others_write_is_logged_but_not_without_end(stop: Stop) -> None:
+    log = Log()
+    warn = Sparing(log)
+    for number in range(5 * MOST_LINES):
+        warn(f"bad {number}")
+    texts = [text for _, text in log.lines]
+    assert texts[:MOST_LINES] == [f"bad {number}" for number in range(MOST_LINES)]
+    assert texts[MOST_LINES:] == ["Too many such lines: no more for up to 60 s"]
+    stop.wait(REPEAT)
+    warn("one more")
+    assert [text for _, text in log.lines][MOST_LINES + 1 :] == [
+        f"{4 * MOST_LINES} more such lines were left out",
+        "one more",
+    ]

@@ -13,8 +13,8 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from flanneld.kernel import reconcile
-from flanneld.kernel.netlink import KernelEvent, Refusal
-from flanneld.kernel.reconcile import CHECK_REFUSED, Reconciler, Territory
+from flanneld.kernel.netlink import KernelEvent, Overflow, Refusal
+from flanneld.kernel.reconcile import CALM, CHECK_REFUSED, Reconciler, Territory
 from flanneld.kernel.state import PROTOCOL, Entry, FdbEntry, Found, Neighbour, Route
 
 DEVICE = 7
@@ -30,12 +30,14 @@ class Kernel:
         self.room = room
         self.number = number
         self.entries: dict[object, Entry] = {}
+        self.events: list[KernelEvent] = []
 
     def ignore(self, _port: int) -> None:
         pass
 
     def read(self) -> list[KernelEvent]:
-        return []
+        events, self.events = self.events, []
+        return events
 
     def apply(
         self,
@@ -130,10 +132,11 @@ def test_a_full_neighbour_table_names_the_sysctl_and_the_value(
     # Everything else is in place, and the refused ones are tried again, which is not news.
     assert len(kernel.entries) == 13
     caplog.clear()
-    assert reconciler.due() == CHECK_REFUSED
-    clock.time += CHECK_REFUSED
-    reconciler.work()
-    assert caplog.records == []
+    for wait in (1.0, 2.0, 4.0, 8.0, CHECK_REFUSED, CHECK_REFUSED):
+        assert reconciler.due() == wait
+        clock.time += wait
+        reconciler.work()
+        assert caplog.records == []
     # The operator raises the limit.
     kernel.room = 1034
     clock.time += CHECK_REFUSED
@@ -163,3 +166,50 @@ def test_of_many_refusals_a_few_are_shown(
     assert len(errors) == 12
     assert errors[-2] == "Error adding 200 in all (-v=1 lists them)"
     assert "gc_thresh3 to 1424 or more" in errors[-1]
+
+
+def test_a_storm_in_which_events_are_lost_again_and_again_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    kernel = Kernel(9, 0)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    reconciler.set_all(entries(2), TERRITORY)
+    for _ in range(20):
+        kernel.events = [Overflow(), Overflow()]
+        kernel.entries.popitem()
+        reconciler.handle()
+        clock.time += 1.0
+        reconciler.work()
+        assert len(kernel.entries) == 6
+    assert caplog.text.count("Kernel events were lost") == 1
+    clock.time += CALM
+    kernel.events = [Overflow()]
+    reconciler.handle()
+    assert caplog.text.count("Kernel events were lost") == 2
+
+
+def test_entries_of_a_device_that_is_held_are_left_alone_and_no_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    kernel = Kernel(9, 0)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    direct = Route(IPv4Network("10.5.99.0/24"), IPv4Address("10.97.0.99"), 2)
+    wanted = [*entries(2), direct]
+    reconciler.set_all(wanted, TERRITORY)
+    assert list(kernel.entries.values()) == wanted
+    reconciler.hold(DEVICE)
+    # The device is gone, and more with it.
+    kernel.entries.clear()
+    kernel.events = [Overflow()]
+    reconciler.handle()
+    later = entries(3)[6:]
+    reconciler.update(later, [])
+    clock.time += 1.0
+    reconciler.work()
+    assert list(kernel.entries.values()) == [direct]
+    assert reconciler.due() not in (None, 0.0)
+    reconciler.hold(0)
+    clock.time += 1.0
+    reconciler.work()
+    assert set(kernel.entries.values()) == {*wanted, *later}
+    assert "Error" not in caplog.text

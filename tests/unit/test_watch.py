@@ -242,6 +242,15 @@ def test_an_unreadable_key_counts_as_gone_until_it_is_readable() -> None:
     assert tracker.snapshot(snap(103, others=[garbage(ONE, 103)]), 5 + LINGER) == [removed(again)]
 
 
+def test_a_bad_key_is_noted_in_one_line_whatever_its_name_is() -> None:
+    tracker = tracking()
+    bad = replace(garbage(ONE, 101), name="x\nE1122 forged" + "y" * 9999)
+    tracker.event(StoreEvent(Change.SET, bad.name, bad, 101), 1)
+    (note,) = tracker.take_notes()
+    assert note.startswith("Ignoring bad subnet node x\\x0aE1122 forgedyyy")
+    assert len(note) < 400
+
+
 def test_a_bad_key_is_noted_once() -> None:
     tracker = tracking()
     bad = garbage(ONE, 101)

@@ -4,6 +4,7 @@ The golden bytes are written down from linux/netlink.h, linux/rtnetlink.h and li
 a little-endian host has them.
 """
 
+import errno
 import socket
 import struct
 import sys
@@ -375,6 +376,10 @@ REQUEST_HEADER = bytes(wire.HEADER.size)
         (struct.pack("=i", -22) + REQUEST_HEADER + attribute(2, bytes(4)), 0x300, (22, "")),
         (struct.pack("=i", -22), 0x300, (22, "")),
         (b"\0\0", 0, (0, "")),
+        # No error codes: they must not become one that os.strerror() does not take.
+        (struct.pack("=i", -(2**31)), 0, (errno.EPROTO, "")),
+        (struct.pack("=i", -4096), 0, (errno.EPROTO, "")),
+        (struct.pack("=i", 7), 0, (errno.EPROTO, "")),
     ],
 )
 def test_errors(body: bytes, flags: int, expected: tuple[int, str]) -> None:

@@ -319,6 +319,7 @@ class Transmitter:
                 self._flags_at = start + 13 if protocol == TCP else 0
                 self._send_cut(rows)
         except segment.BadSuperPacket:
+            counters.tun_read_packets += 1
             counters.drop_malformed += 1
 
     def _new_cut(self, key: tuple[int, ...]) -> segment.Cut:

@@ -1,0 +1,1 @@
+"""Input from outside, made up by machines."""

@@ -1,0 +1,108 @@
+"""Somebody writes nonsense into etcd, as fast as it goes: nothing grows, nothing gets through."""
+
+import json
+import random
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+from network import MakeLab, RouteMonitor, client_of, key_of, put_config, start
+from overlay import put_peer
+
+from flanneld.logs import LONGEST
+from flanneld.retry import MOST_LINES
+from lab import Flanneld
+from lab.etcdv2 import EtcdV2
+from lab.namespaces import CONFIG_KEY
+from lab.wait import NotInTime
+
+WARM_UP, STORM = 800, 2400
+
+# KiB. What the allocator may do by itself; one value kept of each write would be some 4 MB.
+SLACK = 2000
+
+NAMES = [
+    *(f"10.5.{number}.0-24" for number in range(60, 160)),
+    *(f"10.{number}.1.0-24" for number in range(6, 30)),
+    *("10.5.0.0-16", "10.5.0.0-17", "0.0.0.0-0", "10.5.70.7-32", "10.5.70.9-24", "foo", "a b"),
+    *("10.5.1.0-24\u2028", "x" * 200, "10.5.50.0-25/below"),
+]
+
+
+IPS: list[object] = ["10.97.0.1", "10.97.0.99", "127.0.0.1", "::1", None, 5, "x\n"]
+MACS: list[object] = ["02:00:00:00:00:01", "ff:ff:ff:ff:ff:ff", "", "\n", "02:0", 7, None, []]
+
+
+def nonsense(source: random.Random) -> str:
+    """A value that looks like a lease more or less."""
+    mac = source.choice(MACS)
+    value: dict[str, object] = {
+        "PublicIP": source.choice(IPS),
+        "BackendType": source.choice(["vxlan", "host-gw", "", "udp\nE1122", None, 3]),
+        "BackendData": source.choice([{"VtepMAC": mac}, None, "x", [[]], {"VtepMAC": [mac]}]),
+        "more": source.randbytes(source.choice([0, 10, 4000])).hex(),
+    }
+    text = json.dumps(value)
+    cut = source.choice([len(text), len(text), source.randrange(len(text))])
+    return text[:cut] + source.choice(["", "", "\x00", "[" * 3000])
+
+
+def write(client: EtcdV2, source: random.Random, count: int) -> None:
+    for _ in range(count):
+        key = f"/coreos.com/network/subnets/{source.choice(NAMES)}"
+        if source.random() < 0.1:
+            client.put(CONFIG_KEY, source.choice(["", "{", "null", nonsense(source)]))
+        elif source.random() < 0.2:
+            client.delete(key)
+        else:
+            client.put(key, nonsense(source), ttl=source.choice([None, 1, 100]))
+
+
+def threads_of(pid: int) -> set[str]:
+    return {path.name for path in Path(f"/proc/{pid}/task").iterdir()}
+
+
+def wait_until_read(daemon: Flanneld, kind: str) -> None:
+    """Wait until the daemon knows all that was written: it has taken a peer from its end."""
+    usable = {"Network": "10.5.0.0/16", "SubnetMax": "10.5.49.0", "Backend": {"Type": kind}}
+    with client_of(daemon.host.lab) as client:
+        client.put(CONFIG_KEY, json.dumps(usable))
+        for number in range(200, 240):
+            # What comes together with many others has no line of its own: then another one.
+            subnet = f"10.5.{number}.0/24"
+            put_peer(client, subnet, "10.97.0.98", "02:00:00:00:00:98", kind=kind)
+            try:
+                daemon.wait_log(f"Subnet added: {subnet}", 2.0)
+            except NotInTime:
+                continue
+            finally:
+                client.delete(key_of(subnet))
+            return
+    raise NotInTime(daemon.explain())
+
+
+@pytest.mark.parametrize("kind", ["vxlan", "udp"])
+def test_nonsense_in_etcd_costs_neither_memory_nor_a_thread(make_lab: MakeLab, kind: str) -> None:
+    lab = make_lab(1)
+    put_config(lab, Backend={"Type": kind})
+    (daemon,) = start(*lab.hosts)
+    monitor, source = RouteMonitor(daemon.host), random.Random(7)
+    with client_of(lab) as client:
+        write(client, source, WARM_UP)
+        wait_until_read(daemon, kind)
+        threads, rss = threads_of(daemon.pid), daemon.rss_kb()
+        write(client, source, STORM)
+        wait_until_read(daemon, kind)
+    assert daemon.rss_kb() - rss < SLACK
+    assert threads_of(daemon.pid) == threads
+    assert "Traceback" not in daemon.log()
+    written = [line.removeprefix("Deleted ").split()[0] for line in monitor.lines()]
+    assert bool(written) == (kind == "vxlan")
+    assert all(IPv4Network(dst).subnet_of(IPv4Network("10.5.0.0/16")) for dst in written)
+    lines = daemon.log().splitlines()
+    ignored = [line for line in lines if "Ignoring " in line]
+    assert MOST_LINES <= len(ignored) <= 4 * MOST_LINES
+    assert "Too many such lines" in daemon.log()
+    assert max(map(len, lines)) <= LONGEST + 200
+    # None that begins as no line of ours: forged.
+    assert {line[0] for line in lines} <= set("IWE")
