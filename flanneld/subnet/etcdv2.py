@@ -243,6 +243,7 @@ def _node(raw: dict[str, Any]) -> Node:
         value=str(raw.get("value") or ""),
         ttl=None if ttl is None else int(ttl),
         index=int(raw["modifiedIndex"]),
+        created_index=int(raw["createdIndex"]),
     )
 
 
