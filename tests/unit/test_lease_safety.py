@@ -114,6 +114,20 @@ class LeaseSafety(RuleBasedStateMachine):
         if not host.running:
             host.start()
 
+    @rule(texts=st.permutations(CONFIGS[:2]), numbers=st.permutations(range(HOSTS)), turns=TURNS)
+    def start_while_the_config_changes(
+        self, texts: list[str], numbers: list[int], turns: list[int]
+    ) -> None:
+        """Two hosts go for their subnets with different values of SubnetLen."""
+        starting = [self.network.hosts[number] for number in numbers[:2]]
+        for host, text in zip(starting, texts, strict=True):
+            self.data.config = text
+            host.crash()
+            host.start()
+            for _ in range(3):  # to the first request, there, and back
+                host.step(host.tasks[0])
+        self.turns(turns)
+
     @rule(number=HOST)
     def kill(self, number: int) -> None:
         self.network.hosts[number].crash()
