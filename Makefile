@@ -10,7 +10,7 @@ BACKEND ?= vxlan
 
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
-	openssl:openssl gcc:gcc
+	openssl:openssl gcc:gcc faketime:faketime
 HEADERS := libc6-dev python3-dev python3-venv
 
 .PHONY: help install packages demo test lint unit netns bench-vxlan soak-udp bench-udp clean
