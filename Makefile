@@ -11,7 +11,8 @@ SECONDS ?= 600
 
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
-	openssl:openssl gcc:gcc nft:nftables docker:docker.io busybox:busybox-static
+	openssl:openssl gcc:gcc nft:nftables docker:docker.io busybox:busybox-static \
+	faketime:faketime
 HEADERS := libc6-dev python3-dev python3-venv
 # Debian starts a daemon when it is installed, and docker's would change this machine's firewall.
 # The tests start their own. See /usr/share/doc/init-system-helpers/README.policy-rc.d.gz.

@@ -56,6 +56,24 @@ def compatible(subnet: IPv4Network, config: Config) -> bool:
     )
 
 
+def elder(lease: Lease, leases: Iterable[Lease]) -> Lease | None:
+    """Return another host's lease that has had a part of this one's range for longer, if any.
+
+    The store compares keys, not ranges: hosts that were given different values of ``SubnetLen``
+    can at one instant create keys for overlapping ranges. The key that was created first holds.
+    """
+    for other in leases:
+        # Ranges of one length are the same, which is one key, or apart.
+        if (
+            other.subnet.prefixlen != lease.subnet.prefixlen
+            and other.attrs.public_ip != lease.attrs.public_ip
+            and (not lease.created_index or other.created_index < lease.created_index)
+            and other.subnet.overlaps(lease.subnet)
+        ):
+            return other
+    return None
+
+
 def decide(
     leases: Sequence[Lease],
     unreadable: Sequence[IPv4Network],
@@ -69,8 +87,9 @@ def decide(
 
     ``leases`` are all leases in the store; ``unreadable`` the ranges of keys that are no
     readable lease but look taken; ``previous`` the subnet this host had, from the subnet file.
-    In this order: a compatible lease of our own IP; the previous subnet if free; one of the
-    first free subnets, at random. Raises :class:`OutOfSubnets` if there is none.
+    In this order: a compatible lease of our own IP, unless an elder one overlaps it; the
+    previous subnet if free; one of the first free subnets, at random. Raises
+    :class:`OutOfSubnets` if there is none.
     """
     own = sorted(
         (lease for lease in leases if lease.attrs.public_ip == own_ip),
@@ -81,20 +100,26 @@ def decide(
             int(lease.subnet.network_address),
         ),
     )
-    usable = [lease for lease in own if compatible(lease.subnet, config)]
+    usable = [
+        lease for lease in own if compatible(lease.subnet, config) and not elder(lease, leases)
+    ]
     if usable:
         return _reuse(usable[0], own, own_ip)
 
     notes: list[str] = []
     for lease in own:
-        found = f"Found lease ({lease.subnet}) for current IP ({own_ip})"
+        found = f"Found lease ({lease.subnet}) for current IP ({own_ip}) but"
+        other = elder(lease, leases)
+        if other is not None:
+            found = f"{found} lease {other.subnet} of {other.attrs.public_ip} has been there longer"
+            remedy = "delete one of the two"
+        else:
+            found = f"{found} not compatible with current config"
+            remedy = "delete it or change the config"
         if not lease.is_reservation:
-            notes.append(f"{found} but not compatible with current config, deleting")
+            notes.append(f"{found}, deleting")
             return Discard(lease, tuple(notes))
-        notes.append(
-            f"{found} but not compatible with current config, leaving it alone: "
-            "it is a reservation; delete it or change the config"
-        )
+        notes.append(f"{found}, leaving it alone: it is a reservation; {remedy}")
 
     if previous is not None:
         found = f"Found previously leased subnet ({previous})"

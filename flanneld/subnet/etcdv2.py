@@ -238,11 +238,14 @@ def _written(result: Any) -> Node:
 
 def _node(raw: dict[str, Any]) -> Node:
     ttl = raw.get("ttl")
+    if ttl is None and raw.get("expiration"):
+        ttl = 0  # etcd leaves it out of a key that has expired and is not deleted yet
     return Node(
         name=str(raw["key"]).rpartition("/")[2],
         value=str(raw.get("value") or ""),
         ttl=None if ttl is None else int(ttl),
         index=int(raw["modifiedIndex"]),
+        created_index=int(raw["createdIndex"]),
     )
 
 

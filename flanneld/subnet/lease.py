@@ -7,7 +7,7 @@ and is checked: what cannot be used as a lease is a :class:`BadLease`.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 
 from flanneld.subnet import gojson
@@ -52,13 +52,15 @@ class Lease:
     """One host's hold on one subnet, as last read from the store.
 
     ``ttl`` is the rest of its life in seconds when it was read; ``None`` if it has no end.
-    ``modified_index`` is what a compare-and-swap of the key must name.
+    ``modified_index`` is what a compare-and-swap of the key must name. ``created_index`` tells
+    which of two leases is the older one; 0 if the key is not in the store yet.
     """
 
     subnet: IPv4Network
     attrs: LeaseAttrs
     ttl: int | None
     modified_index: int
+    created_index: int = field(default=0, compare=False)
 
     @property
     def is_reservation(self) -> bool:
@@ -169,9 +171,11 @@ def unusable_public_ip(address: IPv4Address) -> str | None:
     return None
 
 
-def parse_lease(name: str, value: str, ttl: int | None, modified_index: int) -> Lease:
+def parse_lease(
+    name: str, value: str, ttl: int | None, modified_index: int, created_index: int = 0
+) -> Lease:
     """The lease in one key. ``name`` is the last part of the key. Raises :class:`BadLease`."""
-    return Lease(parse_subnet_key(name), decode_attrs(value), ttl, modified_index)
+    return Lease(parse_subnet_key(name), decode_attrs(value), ttl, modified_index, created_index)
 
 
 def check_peer(

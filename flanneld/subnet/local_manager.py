@@ -27,7 +27,7 @@ from flanneld.errors import (
 )
 from flanneld.logs import verbose
 from flanneld.retry import Outage, Sparing
-from flanneld.subnet.allocate import Create, Discard, Reuse, decide
+from flanneld.subnet.allocate import Create, Discard, Reuse, decide, elder
 from flanneld.subnet.config import Config, parse_config
 from flanneld.subnet.gojson import shown
 from flanneld.subnet.lease import (
@@ -122,7 +122,8 @@ class LocalManager:
                 raise ConfigChanged("the network config has changed in the store")
 
     def _acquire_round(self, config: Config, attrs: LeaseAttrs, said: set[str]) -> Lease | None:
-        leases, taken, notes = _read_leases(self._store.snapshot())
+        snapshot = self._store.snapshot()
+        leases, taken, notes = _read_leases(snapshot)
         decision = decide(leases, taken, attrs.public_ip, self._previous, config, rng=self._random)
         for note in [*notes, *decision.notes]:
             if note not in said:
@@ -133,45 +134,58 @@ class LocalManager:
                 ttl = None if found.is_reservation else LEASE_TTL
                 name = subnet_key(found.subnet)
                 node = self._store.swap(name, attrs.encode(), ttl, found.modified_index)
-                return Lease(found.subnet, attrs, node.ttl, node.index)
+                return Lease(found.subnet, attrs, node.ttl, node.index, node.created_index)
             case Discard(lease=found):
                 self._store.remove(subnet_key(found.subnet), found.modified_index)
                 return None
             case Create(subnet=subnet):
                 node = self._store.create(subnet_key(subnet), attrs.encode(), LEASE_TTL)
+                lease = Lease(subnet, attrs, node.ttl, node.index, node.created_index)
+                if self._find_elder(lease, snapshot.index):
+                    return None  # the next round finds it too, and discards ours
                 log.info("Allocated lease (%s) to current node (%s) ", subnet, attrs.public_ip)
-                return Lease(subnet, attrs, node.ttl, node.index)
+                return lease
+
+    def _find_elder(self, lease: Lease, seen: int) -> Lease | None:
+        """Look again after a lease was created: see `elder`. ``seen`` is when we looked before."""
+        if lease.created_index == seen + 1:
+            return None  # nothing was written in between
+        return elder(lease, _read_leases(self._store.snapshot())[0])
 
     def keep_lease(self, lease: Lease) -> Lease:
         """See `SubnetManager.keep_lease`."""
-        name, value = subnet_key(lease.subnet), lease.attrs.encode()
-        index, ttl = lease.modified_index, None if lease.is_reservation else LEASE_TTL
+        absent = not lease.modified_index
         for _ in range(RACES):
             try:
-                if index:
-                    node = self._store.swap(name, value, ttl, index)
-                else:
-                    self._check_free(lease)
-                    node = self._store.create(name, value, LEASE_TTL)
-                return replace(lease, ttl=node.ttl, modified_index=node.index)
+                # Read first: in a store that went back our index can be that of another's write.
+                present = None if absent else self._store.read(lease.key)[0]
+                if present is None:
+                    return self._put_back(lease)
+                ttl = _lifetime(lease, present)
+                node = self._store.swap(lease.key, lease.attrs.encode(), ttl, present.index)
+                return _renewed(lease, node)
             except KeyNotFound:
-                index = 0
+                absent = True
             except CompareFailed:
-                present, _ = self._store.read(name)
-                index = 0
-                if present is not None:
-                    status = _status(lease, present)
-                    if status.state is LeaseState.TAKEN:
-                        raise LeaseLost(status.detail) from None
-                    index, ttl = present.index, None if present.ttl is None else LEASE_TTL
+                absent = False
         raise StoreError(f"the lease of {lease.subnet} changed {RACES} times while it was written")
 
-    def _check_free(self, lease: Lease) -> None:
-        """Raise LeaseLost if another lease overlaps ours while our key is absent."""
-        for other in _read_leases(self._store.snapshot())[0]:
-            same = other.subnet == lease.subnet
-            if not same and other.subnet.overlaps(lease.subnet):
-                raise LeaseLost(f"{other.attrs.public_ip} holds {other.subnet}, which overlaps it")
+    def _put_back(self, lease: Lease) -> Lease:
+        """Create our key anew. Raises LeaseLost if another host's lease overlaps it by now."""
+        snapshot = self._store.snapshot()
+        leases = _read_leases(snapshot)[0]
+        # It is there if the answer to an earlier try was lost.
+        there = [found for found in leases if found.subnet == lease.subnet]
+        _check_elder(lease, elder(there[0] if there else replace(lease, created_index=0), leases))
+        node = self._store.create(lease.key, lease.attrs.encode(), LEASE_TTL)
+        lease = _renewed(lease, node)
+        other = self._find_elder(lease, snapshot.index)
+        if other is not None:
+            # Or the peers would send here what is the other's. If it fails, our next start does it.
+            with contextlib.suppress(StoreError):
+                self._store.remove(lease.key, lease.modified_index)
+        _check_elder(lease, other)
+        return lease
 
     def watch_lease(self, lease: Lease, stop: threading.Event) -> Iterator[LeaseStatus]:
         """See `SubnetManager.watch_lease`."""
@@ -292,12 +306,39 @@ def _log_notes(tracker: LeaseTracker, warn: Sparing) -> None:
         warn(note)
 
 
+def _lifetime(lease: Lease, present: Node) -> int | None:
+    """Return the TTL to write our lease with: none where the key is a reservation.
+
+    Raises LeaseLost if the key is another host's.
+    """
+    status = _status(lease, present)
+    if status.state is LeaseState.TAKEN:
+        raise LeaseLost(status.detail)
+    # Nonsense reserves nothing. Whoever saw it knows what the key was before.
+    nonsense = status.state is LeaseState.ALTERED and status.lease.attrs == lease.attrs
+    before = lease if nonsense and present.index == lease.modified_index else present
+    return None if before.ttl is None else LEASE_TTL
+
+
+def _renewed(lease: Lease, node: Node) -> Lease:
+    return replace(lease, ttl=node.ttl, modified_index=node.index, created_index=node.created_index)
+
+
+def _check_elder(lease: Lease, other: Lease | None) -> None:
+    if other is not None:
+        raise LeaseLost(
+            f"{other.attrs.public_ip} holds {other.subnet}, which overlaps {lease.subnet}"
+        )
+
+
 def _read_leases(snapshot: Snapshot) -> tuple[list[Lease], list[IPv4Network], list[str]]:
     """Return the readable leases, the ranges of unreadable ones, and a note for each of these."""
     leases, taken, notes = [], [], []
     for node in snapshot.nodes:
         try:
-            leases.append(parse_lease(node.name, node.value, node.ttl, node.index))
+            leases.append(
+                parse_lease(node.name, node.value, node.ttl, node.index, node.created_index)
+            )
         except BadLease as error:
             notes.append(f"Ignoring bad subnet node {shown(node.name)}: {error}")
             blocked = taken_range(node.name)
@@ -311,7 +352,7 @@ def _status(own: Lease, node: Node | None) -> LeaseStatus:
     if node is None:
         return LeaseStatus(LeaseState.ABSENT, replace(own, modified_index=0))
     try:
-        stored = parse_lease(node.name, node.value, node.ttl, node.index)
+        stored = parse_lease(node.name, node.value, node.ttl, node.index, node.created_index)
     except BadLease as error:
         ours = replace(own, ttl=node.ttl, modified_index=node.index)
         return LeaseStatus(LeaseState.ALTERED, ours, str(error))

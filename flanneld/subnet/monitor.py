@@ -89,14 +89,20 @@ class LeaseMonitor:
             raise LeaseLost(status.detail)
         if status.state is LeaseState.ABSENT:
             self._put_back()
+        elif status.state is LeaseState.ALTERED:
+            self._restore(stored, status.detail)
         elif stored.modified_index in self._written:
             # Echoes come in order: an older write seen after this one was brought by a backup.
             while self._written[0] != stored.modified_index:
                 self._written.popleft()
             if stored.modified_index == self._lease.modified_index:
-                self._schedule(stored)  # its remaining time, fresh from the store
-        elif status.state is LeaseState.ALTERED:
-            self._restore(stored, status.detail)
+                # Its remaining time, fresh from the store. Whether it has an end, too: a store
+                # that went back gives an index of ours to another write.
+                self._lease = stored
+                self._schedule(stored)
+        elif not self._lease.modified_index:
+            # Put back by a write whose answer was lost: nobody has looked for overlaps yet.
+            self._renew()
         elif stored.modified_index < self._lease.modified_index:
             log.warning("The store went back in time: publishing the lease again")
             self._lease = stored

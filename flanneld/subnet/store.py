@@ -16,7 +16,7 @@ The contract, which everything above relies on:
 * Every call ends within seconds, polls within their timeout, and at once after `close`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
@@ -37,6 +37,8 @@ class Node:
     """Seconds until the store deletes the key; None for a key without expiry (a reservation)."""
     index: int
     """The store's index of the last write to this key (etcd: modifiedIndex)."""
+    created_index: int = field(default=0, compare=False)
+    """The store's index when the key was created (etcd: createdIndex). A swap keeps it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,21 @@ def test_read_one_key(store: EtcdV2Store, client: EtcdV2, prefix: str) -> None:
     assert store.read(NAME) == (Node(NAME, VALUE, None, put.modified_index), client.index())
 
 
+def test_a_key_that_has_just_expired_is_no_reservation(
+    store: EtcdV2Store, client: EtcdV2, prefix: str
+) -> None:
+    """etcd names no TTL for a key in the half second between its end and its deletion."""
+    client.put(f"{prefix}/subnets/{NAME}", VALUE, ttl=1)
+    seen: list[int | None] = []
+    while True:
+        nodes = [store.read(NAME)[0], *store.snapshot().nodes]
+        if nodes == [None]:
+            break
+        seen += [node.ttl for node in nodes if node is not None]
+    assert None not in seen
+    assert 1 in seen
+
+
 def test_create_only_if_absent(store: EtcdV2Store, client: EtcdV2, prefix: str) -> None:
     node = store.create(NAME, VALUE, 86400)
     assert node == Node(NAME, VALUE, 86400, client.index())

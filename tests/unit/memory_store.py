@@ -52,6 +52,7 @@ class Key:
     value: str
     end: float | None
     index: int
+    created: int
 
 
 @dataclass
@@ -66,13 +67,18 @@ class Data:
     log_start: int = 0
     changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def put(self, name: str, value: str, ttl: int | None = None) -> Node:
-        """Write a key unconditionally, as an operator or a Go daemon may."""
+    def put(
+        self, name: str, value: str, ttl: int | None = None, created: int | None = None
+    ) -> Node:
+        """Write a key unconditionally, as an operator or a Go daemon may.
+
+        That makes it a new one for etcd; a swap keeps the index at which it was ``created``.
+        """
         with self.changed:
             self.index += 1
             end = None if ttl is None else self.clock() + ttl
-            self.keys[name] = Key(value, end, self.index)
-            node = Node(name, value, ttl, self.index)
+            key = self.keys[name] = Key(value, end, self.index, created or self.index)
+            node = Node(name, value, ttl, self.index, key.created)
             self._log(StoreEvent(Change.SET, name, node, self.index))
             return node
 
@@ -113,7 +119,19 @@ class Data:
         if key is None:
             return None
         ttl = None if key.end is None else int(key.end - self.clock())
-        return Node(name, key.value, ttl, key.index)
+        return Node(name, key.value, ttl, key.index, key.created)
+
+    def look(self, name: str | None, after: int) -> Poll | None:
+        """Answer a poll; None while there is nothing to tell."""
+        self.expire()
+        if after > self.index:
+            raise Behind(f"index {self.index} is behind {after}")
+        if after < self.log_start:
+            raise HistoryCleared("401: The event in requested index is outdated")
+        for event in self.log:
+            if event.index > after and event.name in (name or event.name, ""):
+                return Poll(event, event.index, self.index)
+        return None
 
     def _log(self, event: StoreEvent) -> None:
         self.log.append(event)
@@ -161,8 +179,7 @@ class MemoryStore:
 
     def swap(self, name: str, value: str, ttl: int | None, index: int) -> Node:
         def write() -> Node:
-            self._compare(name, index)
-            return self.data.put(name, value, ttl)
+            return self.data.put(name, value, ttl, self._compare(name, index).created)
 
         return self._call("swap", write, write=True)
 
@@ -180,14 +197,9 @@ class MemoryStore:
             while True:
                 if self.closed or self.down:
                     raise StoreUnavailable("connection refused")
-                data.expire()
-                if after > data.index:
-                    raise Behind(f"index {data.index} is behind {after}")
-                if after < data.log_start:
-                    raise HistoryCleared("401: The event in requested index is outdated")
-                for event in data.log:
-                    if event.index > after and event.name in (name or event.name, ""):
-                        return Poll(event, event.index, data.index)
+                found = data.look(name, after)
+                if found is not None:
+                    return found
                 if self.on_idle is None:
                     self.idle.set()
                     assert data.changed.wait(PATIENCE), "nothing happened"
@@ -206,13 +218,14 @@ class MemoryStore:
             self.down = down
             self.data.changed.notify_all()
 
-    def _compare(self, name: str, index: int) -> None:
+    def _compare(self, name: str, index: int) -> Key:
         assert index > 0
         key = self.data.keys.get(name)
         if key is None:
             raise KeyNotFound(f"100: Key not found ({name})", self.data.index)
         if key.index != index:
             raise CompareFailed(f"101: Compare failed ([{index} != {key.index}])")
+        return key
 
     def _call(self, name: str, action: Callable[[], T], *, write: bool = False) -> T:
         self.on_call()

@@ -114,6 +114,38 @@ def test_own_reservation_that_does_not_fit_is_left_alone_and_taken() -> None:
     assert discard.lease is other
 
 
+def created(index: int, subnet: str, ip: IPv4Address, ttl: int | None = 86400) -> Lease:
+    return Lease(IPv4Network(subnet), LeaseAttrs(ip), ttl, 100, index)
+
+
+@pytest.mark.parametrize("other", ["10.5.4.0/22", "10.5.7.128/25"])
+def test_of_two_overlapping_leases_the_elder_is_kept(other: str) -> None:
+    """As two hosts with different values of SubnetLen can create them at one instant."""
+    own = created(8, "10.5.7.0/24", OWN_IP)
+    elder = created(7, other, PEER_IP)
+    assert choose([own, elder]) == Discard(
+        own,
+        (
+            f"Found lease (10.5.7.0/24) for current IP (10.97.0.1) but lease {other} of 10.97.0.2"
+            " has been there longer, deleting",
+        ),
+    )
+    reused = choose([own, created(9, other, PEER_IP)])
+    assert isinstance(reused, Reuse)
+    # Two keys of one host take nothing from another.
+    assert isinstance(choose([own, created(7, other, OWN_IP, None)]), Reuse)
+
+
+def test_a_reservation_that_overlaps_an_elder_lease_is_left_alone_and_not_used() -> None:
+    own = created(8, "10.5.7.0/24", OWN_IP, None)
+    decision = choose([own, created(7, "10.5.4.0/22", PEER_IP)])
+    assert isinstance(decision, Create)
+    assert not decision.subnet.overlaps(IPv4Network("10.5.4.0/22"))
+    assert decision.notes[0].endswith(
+        "leaving it alone: it is a reservation; delete one of the two"
+    )
+
+
 def test_free_previous_subnet_is_taken_again() -> None:
     assert choose([lease("10.5.124.0/24")], ("10.5.122.0/24",), "10.5.123.0/24") == Create(
         IPv4Network("10.5.123.0/24"),

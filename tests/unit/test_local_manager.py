@@ -120,6 +120,38 @@ def test_somebody_else_was_faster(store: MemoryStore, manager: LocalManager, sto
     assert stop.waits[0] <= 0.05
 
 
+WIDE = "10.5.32.0-22"
+
+
+@pytest.mark.parametrize("fault", [None, "after"])
+def test_a_host_with_another_subnet_len_was_faster(
+    store: MemoryStore, manager: LocalManager, stop: Stop, fault: str | None
+) -> None:
+    """The store takes both keys; the second host looks again, and yields."""
+    store.before_write.append(lambda: store.data.put(WIDE, OTHER, 50))
+    store.faults.extend([None, fault])
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    assert not lease.subnet.overlaps(IPv4Network("10.5.32.0/22"))
+    assert held(store) == {
+        WIDE: (OTHER, 49 if fault else 50),
+        lease.key: (ATTRS.encode(), LEASE_TTL),
+    }
+
+
+def test_a_host_with_another_subnet_len_was_slower(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    store.before_write.append(lambda: store.data.put("elsewhere", OTHER, 50))
+
+    def third_call_is_late() -> None:
+        if len(store.calls) == 2:
+            store.data.put(WIDE, OTHER, 50)
+
+    store.on_call = third_call_is_late
+    assert manager.acquire_lease(CONFIG, ATTRS, stop).subnet == SUBNET
+    assert store.calls == ["snapshot", "create", "snapshot"]
+
+
 @pytest.mark.parametrize("loss", ["delete", "renew"])
 def test_our_lease_changed_while_we_took_it(
     store: MemoryStore, manager: LocalManager, stop: Stop, loss: str
@@ -333,7 +365,7 @@ def check_kept(store: MemoryStore, kept: Lease, ttl: int | None = LEASE_TTL) -> 
 
 def test_a_lease_is_renewed(store: MemoryStore, manager: LocalManager, lease: Lease) -> None:
     check_kept(store, manager.keep_lease(lease))
-    assert store.calls == ["swap"]
+    assert store.calls == ["read", "swap"]
 
 
 def test_a_lease_that_is_gone_is_put_back(
@@ -377,7 +409,7 @@ def test_another_host_is_faster_in_putting_back(
     store: MemoryStore, manager: LocalManager, lease: Lease
 ) -> None:
     store.data.delete(KEY)
-    store.before_write.extend([lambda: None, lambda: store.data.put(KEY, OTHER, 60)])
+    store.before_write.append(lambda: store.data.put(KEY, OTHER, 60))
     with pytest.raises(LeaseLost):
         manager.keep_lease(lease)
     assert held(store) == {KEY: (OTHER, 60)}
@@ -391,6 +423,38 @@ def test_it_is_not_put_back_into_another_hosts_range(
     with pytest.raises(LeaseLost, match=r"10\.97\.0\.2 holds 10\.5\.32\.0/22, which overlaps"):
         manager.keep_lease(lease)
     assert list(store.data.keys) == ["10.5.32.0-22"]
+
+
+def test_another_hosts_range_is_taken_while_it_is_put_back(
+    store: MemoryStore, manager: LocalManager, lease: Lease
+) -> None:
+    store.data.delete(KEY)
+    store.before_write.append(lambda: store.data.put(WIDE, OTHER, 60))
+    with pytest.raises(LeaseLost, match=r"10\.97\.0\.2 holds 10\.5\.32\.0/22, which overlaps"):
+        manager.keep_lease(lease)
+    assert list(store.data.keys) == [WIDE]
+
+
+def test_our_own_reservation_around_it_is_no_reason_to_give_up(
+    store: MemoryStore, manager: LocalManager, lease: Lease
+) -> None:
+    store.data.delete(KEY)
+    store.data.put(WIDE, ATTRS.encode())
+    kept = manager.keep_lease(lease)
+    assert held(store) == {WIDE: (ATTRS.encode(), None), KEY: (ATTRS.encode(), LEASE_TTL)}
+    assert kept.modified_index == store.data.keys[KEY].index
+
+
+def test_an_index_says_nothing_in_a_store_that_was_emptied(
+    store: MemoryStore, manager: LocalManager, lease: Lease
+) -> None:
+    """It counts anew, and another host's write has the index that ours had."""
+    store.data.restore((lease.modified_index - 1, {}))
+    store.data.put(KEY, OTHER, 60)
+    assert store.data.keys[KEY].index == lease.modified_index
+    with pytest.raises(LeaseLost):
+        manager.keep_lease(lease)
+    assert held(store) == {KEY: (OTHER, 60)}
 
 
 @pytest.mark.parametrize("ttl", [None, 60])
@@ -428,7 +492,7 @@ def test_a_reservation_made_while_it_was_put_back(
     store: MemoryStore, manager: LocalManager, lease: Lease
 ) -> None:
     store.data.delete(KEY)
-    store.before_write.extend([lambda: None, lambda: store.data.put(KEY, ATTRS.encode())])
+    store.before_write.append(lambda: store.data.put(KEY, ATTRS.encode()))
     check_kept(store, manager.keep_lease(lease), None)
 
 
@@ -438,7 +502,7 @@ def test_endless_races_are_given_up(
     store.before_write.extend([lambda: store.data.put(KEY, ATTRS.encode(), 60)] * 2 * RACES)
     with pytest.raises(StoreError, match=f"changed {RACES} times"):
         manager.keep_lease(lease)
-    assert store.calls == ["swap", "read"] * RACES
+    assert store.calls == ["read", "swap"] * RACES
 
 
 # Watching.
