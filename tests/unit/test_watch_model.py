@@ -304,6 +304,8 @@ class Watching(RuleBasedStateMachine):
                 assert before != attrs
                 assert before == (change.previous.attrs if change.previous else None)
                 self.backend[name] = attrs
+                # Also what the store has in place of one that was given up.
+                self._note_taken(change.lease)
             else:
                 assert before == attrs
                 del self.backend[name]
