@@ -1,10 +1,8 @@
 """The udp tunnel's two paths, fed with anything, against the plain implementation of the tests.
 
-A memory file stands for the TUN device where packets are written, a pipe of packets where they are
-read.
+The system calls that read and write the TUN device are replaced, and so is the UDP socket.
 """
 
-import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -75,6 +73,7 @@ def receive(data: bytes) -> None:
     datagrams = list(records(data))
     expected, drops = _admitted(datagrams)
     counters, expired, frames = Counters(), [], []
+    said: list[str] = []
 
     def write(_fd: int, parts: list[bytes]) -> int:
         frames.append(b"".join(parts))
@@ -83,7 +82,7 @@ def receive(data: bytes) -> None:
     receiver = Receiver(
         -1, Incoming(datagrams), routes(), counters,  # type: ignore[arg-type]  # a double
         mtu=MTU, source_check=True, join_tcp=True, join_udp=True,
-        expired=lambda packet: expired.append(bytes(packet)), say=_nothing,
+        expired=lambda packet: expired.append(bytes(packet)), say=said.append,
     )  # fmt: skip
     with mock.patch("os.writev", write):
         for _ in range(len(datagrams) + 1):
@@ -96,6 +95,7 @@ def receive(data: bytes) -> None:
     # The TTL; where packets were joined their ids do not matter.
     assert [packet[8] for packet in written] == [packet[8] - 1 for packet in expected]
     assert len(expired) == drops.get("ttl", 0)
+    assert not said
     assert {name: count for name, count in counters.drops.items() if count} == drops
     assert counters.tun_written_packets == len(expected)
     assert counters.udp_received_packets == len(expected) + sum(drops.values())
@@ -209,10 +209,11 @@ def transmit(data: bytes) -> None:
     """Every packet goes to the peer its destination belongs to, or is counted as dropped."""
     frames = frames_in(data)
     counters, answers, outgoing = Counters(), [], Outgoing()
+    said: list[str] = []
     table = routes()
     transmitter = Transmitter(
         -1, outgoing, table, counters,  # type: ignore[arg-type]  # a double
-        mtu=MTU, segments=True, say=_nothing,
+        mtu=MTU, segments=True, say=said.append,
         answer=lambda kind, packet: answers.append((kind, bytes(packet))),
     )  # fmt: skip
     with device(frames):
@@ -227,6 +228,7 @@ def transmit(data: bytes) -> None:
     for _, packet in answers:
         assert packet[0] >> 4 == 4
     drops = counters.drops
+    assert not said
     assert len(answers) == drops["no_route"] + drops["ttl"]
     assert drops["send_full"] == drops["send_failed"] == 0
     assert counters.udp_sent_packets == len(outgoing.sent)
@@ -261,7 +263,3 @@ def _sum_of(packet: bytes, start: int, offset: int) -> bytes:
     value = reference.internet_checksum(packet[start:])
     # As `packet.complete_checksum` says: zero is written as UDP wants it, or TCP may have it.
     return struct.pack("!H", value or (0xFFFF if offset == 6 else 0))
-
-
-def _nothing(_line: str) -> None:
-    os.getpid()
