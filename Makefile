@@ -23,7 +23,7 @@ help:
 	@echo "make lint      ruff and mypy only"
 	@echo "make unit      unit tests only (no root, no network)"
 	@echo "make netns     the tests on the real kernel only (root)"
-	@echo "make chaos     failures of etcd with 20 hosts and a minute each (root; 15 min)"
+	@echo "make chaos     failures of etcd with 20 hosts and a minute each (root; 6 min)"
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
 	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
