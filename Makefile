@@ -30,7 +30,7 @@ help:
 	@echo "make unit      unit tests only (no root, no network)"
 	@echo "make netns     the tests on the real kernel only (root)"
 	@echo "make docker    the tests with a real dockerd on each host only (root)"
-	@echo "make chaos     failures of etcd with 20 hosts and a minute each (root; 15 min)"
+	@echo "make chaos     failures of etcd with 20 hosts and a minute each (root; 6 min)"
 	@echo "make fuzz      a coverage-guided search for input that breaks a promise (SECONDS=600);"
 	@echo "               what it finds is in .fuzz"
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
