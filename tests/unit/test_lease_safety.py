@@ -339,5 +339,5 @@ class LeaseSafety(RuleBasedStateMachine):
         return names[pick % len(names)]
 
 
-LeaseSafety.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+LeaseSafety.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestLeaseSafety = LeaseSafety.TestCase
