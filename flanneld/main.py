@@ -21,6 +21,7 @@ from flanneld.errors import (
     UsageError,
 )
 from flanneld.flags import HelpRequested, Options, Parsed
+from flanneld.heartbeat import Heartbeat
 from flanneld.interface import ExternalInterface, SelectionError, look_up
 from flanneld.notify import Notifier
 from flanneld.retry import Outage
@@ -218,13 +219,19 @@ def keep_running(
         notifier.status(f"leased {subnet}, following the other hosts")
 
     notifier.status(f"leased {subnet}, waiting for the other hosts' leases")
+    heart, watchdog = Heartbeat(), notifier.watchdog_interval
+    loops: dict[str, Callable[[], None]] = {
+        "backend": lambda: network.run(stop, synced, heart),
+        "own lease": lambda: monitor.feed(stop, heart),
+    }
+    if watchdog is not None:
+        loops["heartbeat"] = lambda: heart.run(stop, watchdog, notifier.watchdog)
     threads: list[threading.Thread] = []
     try:
         with kept_in_this_thread():
-            threads.append(_start("backend", lambda: network.run(stop, synced), monitor.fail))
-            threads.append(_start("own lease", lambda: monitor.feed(stop), monitor.fail))
+            threads.extend(_start(name, loop, monitor.fail) for name, loop in loops.items())
         log.info("Finished starting backend.")
-        monitor.run(stop)
+        monitor.run(stop, heart)
     finally:
         log.info("Stopped monitoring lease")
         stop.set()

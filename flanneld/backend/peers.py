@@ -5,6 +5,7 @@ the leases, and keeping the kernel in step with them, is done here for all.
 """
 
 import logging
+import math
 import os
 import queue
 import select
@@ -16,6 +17,7 @@ from typing import Protocol
 
 from flanneld.clock import now
 from flanneld.errors import DeviceError
+from flanneld.heartbeat import IDLE, Heartbeat, Pulse
 from flanneld.kernel.netlink import KernelEvent, Overflow
 from flanneld.kernel.reconcile import MANY, Reconciler, Territory
 from flanneld.kernel.state import Entry, Route, Slot
@@ -108,10 +110,14 @@ class PeerNetwork:
         """See `Network.wake`."""
         os.eventfd_write(self._bell, 1)
 
-    def run(self, stop: threading.Event, synced: Callable[[], None]) -> None:
+    def run(
+        self, stop: threading.Event, synced: Callable[[], None], heart: Heartbeat | None = None
+    ) -> None:
         """See `Network.run`."""
         log.info("Watching for new subnet leases")
-        feeder = threading.Thread(target=self._feed, args=(stop,), name="leases", daemon=True)
+        heart = heart or Heartbeat()
+        pulses = (stop, heart.pulse("leases"))
+        feeder = threading.Thread(target=self._feed, args=pulses, name="leases", daemon=True)
         try:
             reconciler = Reconciler(neighbours=self._neighbours)
         except OSError as error:
@@ -120,14 +126,14 @@ class PeerNetwork:
             ) from error
         try:
             feeder.start()
-            self._loop(reconciler, stop, synced)
+            self._loop(reconciler, stop, synced, heart.pulse("backend"))
         finally:
             reconciler.close()
 
-    def _feed(self, stop: threading.Event) -> None:
+    def _feed(self, stop: threading.Event, pulse: Pulse) -> None:
         """Bring the batches of lease events to the loop."""
         try:
-            for batch in self._manager.watch_leases(self._config, self.lease, stop):
+            for batch in self._manager.watch_leases(self._config, self.lease, stop, pulse):
                 self._inbox.put(batch)
                 self.wake()
         except BaseException as error:  # noqa: BLE001 - raised again in the loop
@@ -135,7 +141,11 @@ class PeerNetwork:
             self.wake()
 
     def _loop(
-        self, reconciler: Reconciler, stop: threading.Event, synced: Callable[[], None]
+        self,
+        reconciler: Reconciler,
+        stop: threading.Event,
+        synced: Callable[[], None],
+        pulse: Pulse,
     ) -> None:
         poll = select.poll()
         poll.register(self._bell, select.POLLIN)
@@ -143,7 +153,9 @@ class PeerNetwork:
         complete = announced = False
         storm = 0
         while not stop.is_set():
-            ready = {fd for fd, _ in poll.poll(self._wait(reconciler, complete))}
+            pulse.beat(IDLE)
+            wait = min(self._wait(reconciler, complete), IDLE)
+            ready = {fd for fd, _ in poll.poll(wait * 1000)}
             if self._bell in ready:
                 os.eventfd_read(self._bell)
                 complete = self._take_batches(reconciler, complete)
@@ -163,12 +175,12 @@ class PeerNetwork:
                 synced()
                 self._remove_former()
 
-    def _wait(self, reconciler: Reconciler, complete: bool) -> float | None:
-        """Return the milliseconds until there is something to do; None: until an event."""
+    def _wait(self, reconciler: Reconciler, complete: bool) -> float:
+        """Return the seconds until there is something to do, without an event."""
         if self._look_at is not None:
-            return max(0.0, self._look_at - now()) * 1000
+            return max(0.0, self._look_at - now())
         due = reconciler.due() if complete else None
-        return None if due is None else due * 1000
+        return math.inf if due is None else due
 
     def _take_batches(self, reconciler: Reconciler, complete: bool) -> bool:
         """Apply the batches that have come. Return whether the peers are completely known."""

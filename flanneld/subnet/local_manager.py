@@ -25,6 +25,7 @@ from flanneld.errors import (
     StoreError,
     StoreUnavailable,
 )
+from flanneld.heartbeat import STORE, Pulse
 from flanneld.logs import verbose
 from flanneld.retry import Outage
 from flanneld.subnet.allocate import Create, Discard, Reuse, decide
@@ -170,17 +171,23 @@ class LocalManager:
             if not same and other.subnet.overlaps(lease.subnet):
                 raise LeaseLost(f"{other.attrs.public_ip} holds {other.subnet}, which overlaps it")
 
-    def watch_lease(self, lease: Lease, stop: threading.Event) -> Iterator[LeaseStatus]:
+    def watch_lease(
+        self, lease: Lease, stop: threading.Event, pulse: Pulse | None = None
+    ) -> Iterator[LeaseStatus]:
         """See `SubnetManager.watch_lease`."""
+        pulse = pulse or Pulse()
         name = subnet_key(lease.subnet)
         away = Outage(log.log, "Subnet watch failed", recovered="Subnet watch is back")
         while not stop.is_set():
+            pulse.beat(STORE)
             try:
                 node, index = self._store.read(name)
                 away.over()
                 yield _status(lease, node)
                 while not stop.is_set():
-                    poll = self._store.poll(name, index, self._spread(OWN_POLL))
+                    wait = self._spread(OWN_POLL)
+                    pulse.beat(wait + STORE)
+                    poll = self._store.poll(name, index, wait)
                     if poll.event is None:
                         break  # to read again: the store may have lost the key without a word
                     yield _status(lease, poll.event.node)
@@ -195,9 +202,10 @@ class LocalManager:
                     away.failed(error, stop)
 
     def watch_leases(
-        self, config: Config, own: Lease, stop: threading.Event
+        self, config: Config, own: Lease, stop: threading.Event, pulse: Pulse | None = None
     ) -> Iterator[list[LeaseEvent]]:
         """See `SubnetManager.watch_leases`."""
+        pulse = pulse or Pulse()
 
         def reject(lease: Lease) -> str | None:
             return check_peer(lease, config.network, own.subnet, own.attrs.public_ip)
@@ -206,6 +214,7 @@ class LocalManager:
         away = Outage(log.log, "Watch subnets", recovered="Watch subnets is back")
         first = True
         while not stop.is_set():
+            pulse.beat(STORE)
             try:
                 events = tracker.snapshot(self._store.snapshot(), now())
                 away.over()
@@ -213,7 +222,7 @@ class LocalManager:
                 if events or first:
                     first = False
                     yield events
-                yield from self._follow(tracker, stop)
+                yield from self._follow(tracker, stop, pulse)
             except HistoryCleared:
                 log.warning(_HISTORY_CLEARED)
                 stop.wait(BEHIND_PAUSE)
@@ -224,13 +233,16 @@ class LocalManager:
                 if not stop.is_set():
                     away.failed(error, stop)
 
-    def _follow(self, tracker: LeaseTracker, stop: threading.Event) -> Iterator[list[LeaseEvent]]:
+    def _follow(
+        self, tracker: LeaseTracker, stop: threading.Event, pulse: Pulse
+    ) -> Iterator[list[LeaseEvent]]:
         """Poll after the tracker's index until a snapshot is the better way on."""
         while not stop.is_set():
             wait, due = self._spread(POLL), tracker.due(now())
             if due is not None:
                 wait = min(wait, due + 0.01)  # a little late, so that something is due then
             began = now()
+            pulse.beat(wait + STORE)
             poll = self._store.poll(None, tracker.index, wait)
             if poll.event is None:
                 tracker.advance(poll.index)
