@@ -49,22 +49,30 @@ def write(path: str | Path, text: str) -> None:
     try:
         target = Path(path)
         _make_directories(target.parent)
-        # A name of our own each time: two daemons may write beside each other.
-        temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
-        try:
-            _write_durably(temporary, text.encode())
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        _sync_directory(target.parent)
+        replace(target, text)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise SubnetFileError(
             f"Failed to write subnet file {path}: {reason}; make its directory writable, "
             "or name another file with --subnet-file"
         ) from error
+
+
+def replace(target: Path, text: str) -> None:
+    """Put a file with this text in the place of ``target``, at once and durably.
+
+    Its directory must exist. Raises OSError or ValueError.
+    """
+    # A name of our own each time: two processes may write beside each other.
+    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
+    try:
+        _write_durably(temporary, text.encode())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_directory(target.parent)
 
 
 def _make_directories(directory: Path) -> None:
@@ -106,7 +114,7 @@ def read_previous(path: str | Path) -> Previous:
     Never raises: the previous subnet is a wish, not a need.
     """
     try:
-        values = dict(_assignments(_read(path)))
+        values = dict(_assignments(read_text(path)))
     except FileNotFoundError:
         return Previous()
     except (OSError, ValueError) as error:
@@ -131,7 +139,8 @@ def read_previous(path: str | Path) -> Previous:
     return Previous(subnet, whole, "; ".join(warnings) or None)
 
 
-def _read(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """The text of a subnet file. Raises OSError, or ValueError for what cannot be one."""
     # O_NONBLOCK: a FIFO in this place must not hang the start.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
