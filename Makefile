@@ -5,15 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+DESTDIR ?=
+PREFIX ?= /usr/local
+SYSTEM_PYTHON ?= /usr/bin/python3
+
 HOSTS ?= 3
 BACKEND ?= vxlan
 
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
-	openssl:openssl gcc:gcc
+	openssl:openssl gcc:gcc systemd-analyze:systemd
 HEADERS := libc6-dev python3-dev python3-venv
 
-.PHONY: help install packages demo test lint unit netns bench-vxlan soak-udp bench-udp clean
+.PHONY: help install packages demo test lint unit netns bench-vxlan soak-udp bench-udp install-system test-systemd clean
 
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
@@ -26,6 +30,8 @@ help:
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
 	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
+	@echo "make install-system  flanneld as a service of this machine, or of the tree DESTDIR= (PREFIX=$(PREFIX))"
+	@echo "make test-systemd    the service in a Debian machine of its own under qemu (root; 10 min)"
 	@echo "make clean     remove $(VENV) and everything that was built"
 
 install: $(STAMP)
@@ -77,6 +83,12 @@ test: lint
 
 bench-vxlan: $(STAMP)
 	$(BIN)/python -m bench.vxlan_throughput
+
+install-system:
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" PYTHON="$(SYSTEM_PYTHON)" systemd/install.sh
+
+test-systemd: $(STAMP)
+	$(BIN)/pytest -v tests/vm
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
