@@ -15,6 +15,7 @@ BACKEND ?= vxlan
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
 	openssl:openssl gcc:gcc systemd-analyze:systemd
+VM_PACKAGES := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap mkfs.ext4:e2fsprogs depmod:kmod
 HEADERS := libc6-dev python3-dev python3-venv
 
 .PHONY: help install packages demo test lint unit netns bench-vxlan soak-udp bench-udp install-system test-systemd clean
@@ -88,6 +89,7 @@ install-system:
 	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" PYTHON="$(SYSTEM_PYTHON)" systemd/install.sh
 
 test-systemd: $(STAMP)
+	@$(MAKE) --no-print-directory packages PACKAGES="$(VM_PACKAGES)"
 	$(BIN)/pytest -v tests/vm
 
 clean:
