@@ -22,7 +22,7 @@ HEADERS := libc6-dev python3-dev python3-venv
 
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
-	@echo "               HOSTS=5 and BACKEND=host-gw choose others"
+	@echo "               HOSTS=5, BACKEND=host-gw or BACKEND=udp choose others"
 	@echo "make test      lint, types, unit tests and, as root, the tests on the real kernel"
 	@echo "make install   the virtual environment $(VENV) and the Debian packages that are missing"
 	@echo "make lint      ruff and mypy only"

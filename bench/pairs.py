@@ -6,11 +6,12 @@ import socket
 import struct
 import subprocess
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from lab.namespaces import Container, Host, Lab
 from lab.process import run
-from lab.tunnel import MTU, PORT, HostTunnel, configure, connect, container_of, route_to, subnet_of
+from lab.tunnel import MTU, PORT, HostTunnel, connect, container_of, route_to, subnet_of
 
 # The C loop on both hosts; ours; ours to the C loop and back; what the kernel can do.
 KINDS = ("c", "ours", "ours-c", "c-ours", "vxlan", "routing")
@@ -54,7 +55,10 @@ def make_pair(lab: Lab, kind: str, proxy: Path) -> Pair:
                 pair.tunnels.append(HostTunnel(host))
                 pair.pids.append(pair.tunnels[-1].process.pid)
             else:
-                pair.pids.append(_start_proxy(host, hosts[1 - side], proxy).pid)
+                route = route_to(hosts[1 - side])
+                address = f"10.5.{host.number}.0/16"
+                process = start_proxy(host, address, route.subnet, route.public_ip, proxy)
+                pair.pids.append(process.pid)
         connect(hosts, pair.tunnels)
     pair.containers = [container_of(host, mtu) for host in hosts]
     for one, two in (pair.containers, pair.containers[::-1]):
@@ -84,12 +88,16 @@ def _connect_by_kernel(host: Host, other: Host, kind: str) -> None:
     )
 
 
-def _start_proxy(host: Host, other: Host, proxy: Path) -> subprocess.Popen[bytes]:
-    """Start the C loop, with a TUN device and a socket as the original has them."""
+def start_proxy(
+    host: Host, address: str, subnet: IPv4Network, peer: IPv4Address, proxy: Path
+) -> subprocess.Popen[bytes]:
+    """Start the C loop for one peer, with a TUN device and a socket as the original has them.
+
+    ``address`` is the device's, written 10.5.1.0/16.
+    """
     tun, udp = host.inside(lambda: _open(host))
-    configure(host, "flannel0")
-    route = route_to(other)
-    target = (route.subnet.network_address, route.subnet.netmask, route.public_ip, PORT)
+    host.ip(f"addr add {address} dev flannel0", f"link set flannel0 mtu {MTU} up")
+    target = (subnet.network_address, subnet.netmask, peer, PORT)
     process = subprocess.Popen(
         [proxy, *map(str, (tun, udp.fileno(), *target))],
         pass_fds=[tun, udp.fileno()],

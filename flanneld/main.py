@@ -231,7 +231,8 @@ def keep_running(
         with kept_in_this_thread():
             threads.extend(_start(name, loop, monitor.fail) for name, loop in loops.items())
         log.info("Finished starting backend.")
-        monitor.run(stop, heart)
+        with signals.reporting(network.report):
+            monitor.run(stop, heart)
     finally:
         log.info("Stopped monitoring lease")
         stop.set()

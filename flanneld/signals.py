@@ -1,4 +1,5 @@
-"""How the daemon is asked to end: SIGTERM and SIGINT end it in order, a second one at once."""
+"""What signals do: SIGTERM and SIGINT end the daemon in order, a second one at once; SIGUSR1 has it
+log its state."""
 
 import logging
 import os
@@ -12,6 +13,8 @@ from types import FrameType
 log = logging.getLogger(__name__)
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
+
+REPORT = signal.SIGUSR1
 
 # Seconds from the signal to the end of the process, whatever the main thread is blocked in.
 LIMIT = 1.5
@@ -51,8 +54,18 @@ def install(last_words: Callable[[], None]) -> None:
     for number in ENDING:
         signal.signal(number, handle)
     # As the original: these do not end a daemon that nobody taught to react to them.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
+    for number in (REPORT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def reporting(report: Callable[[], None]) -> Iterator[None]:
+    """Within, SIGUSR1 calls ``report``, which must not take a lock."""
+    signal.signal(REPORT, lambda _number, _frame: report())
+    try:
+        yield
+    finally:
+        signal.signal(REPORT, signal.SIG_IGN)
 
 
 def _guard(read_end: int, last_words: Callable[[], None]) -> None:
@@ -65,12 +78,12 @@ def _guard(read_end: int, last_words: Callable[[], None]) -> None:
 
 @contextmanager
 def kept_in_this_thread() -> Iterator[None]:
-    """Threads that are started within, and theirs, leave the ending signals to this thread.
+    """Threads that are started within, and theirs, leave the daemon's signals to this thread.
 
     Python runs handlers in the main thread, but a signal that the kernel gives to another one
     (it may, after SIGCONT) does not wake the main thread from a blocked call.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*ENDING, REPORT))
     try:
         yield
     finally:

@@ -40,6 +40,10 @@ class Network(Protocol):
         """Make `run` look at ``stop`` at once."""
         ...
 
+    def report(self) -> None:
+        """Have `run` log its state. Called by a signal handler, so it takes no lock."""
+        ...
+
 
 class Backend(Protocol):
     """A way to get packets to the other hosts' subnets."""

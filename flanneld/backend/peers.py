@@ -6,8 +6,6 @@ the leases, and keeping the kernel in step with them, is done here for all.
 
 import logging
 import math
-import os
-import queue
 import select
 import threading
 from collections import Counter
@@ -15,13 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv4Network
 from typing import Protocol
 
-from flanneld.clock import now
+from flanneld.backend.device import Device, DeviceWatch, remove_former
+from flanneld.backend.feed import LeaseFeed, log_changes
 from flanneld.errors import DeviceError
 from flanneld.heartbeat import IDLE, Heartbeat, Pulse
-from flanneld.kernel.netlink import KernelEvent, Overflow
-from flanneld.kernel.reconcile import MANY, Reconciler, Territory
+from flanneld.kernel.reconcile import Reconciler, Territory
 from flanneld.kernel.state import Entry, Route, Slot
-from flanneld.logs import verbose
 from flanneld.subnet.config import Config
 from flanneld.subnet.lease import BadLease, Lease
 from flanneld.subnet.manager import SubnetManager
@@ -30,32 +27,12 @@ from flanneld.subnet.watch import EventType, LeaseEvent
 log = logging.getLogger(__name__)
 
 
-# Seconds until a device that could not be mended is looked at again, and the least time between
-# two looks when its events come in a storm.
-DEVICE_FAILED, DEVICE_GAP = 1.0, 0.1
-
 # Readings of kernel events one after the other, without a pause between, until work goes on.
 STORM = 200
 
 
-class PeerDevice(Protocol):
-    """The device through which the peers are reached."""
-
-    @property
-    def name(self) -> str:
-        """The name of the device."""
-        ...
-
-    def is_touched_by(self, event: KernelEvent) -> bool:
-        """Tell whether the event calls for `ensure`."""
-        ...
-
-    def ensure(self) -> bool:
-        """Mend the device if need be. Return whether the entries have to be made anew.
-
-        Raises DeviceError, with what stands in the way.
-        """
-        ...
+class PeerDevice(Device, Protocol):
+    """A device whose peers are kernel entries."""
 
     def entries(self, lease: Lease) -> tuple[Entry, ...]:
         """Return what a peer needs in the kernel, in the order in which it must be written.
@@ -89,9 +66,9 @@ class PeerNetwork:
         """
         self.lease = lease
         self.mtu = mtu
-        self._manager = manager
-        self._config = config
+        self._feed = LeaseFeed(manager, config, lease)
         self._device = device
+        self._watch = DeviceWatch(device)
         self._former_subnet = former_subnet
         self._neighbours = neighbours
         self._peers: dict[IPv4Network, tuple[Entry, ...]] = {}
@@ -100,24 +77,22 @@ class PeerNetwork:
         self._ignored: dict[IPv4Network, str] = {}
         self._placed = False
         """All entries have been made, for a device that was there."""
-        self._look_at: float | None = None
-        self._looked_at = 0.0
-        self._trouble = ""
-        self._inbox: queue.SimpleQueue[Sequence[LeaseEvent] | BaseException] = queue.SimpleQueue()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._asked = False
 
     def wake(self) -> None:
         """See `Network.wake`."""
-        os.eventfd_write(self._bell, 1)
+        self._feed.wake()
+
+    def report(self) -> None:
+        """See `Network.report`."""
+        self._asked = True
+        self._feed.wake()
 
     def run(
         self, stop: threading.Event, synced: Callable[[], None], heart: Heartbeat | None = None
     ) -> None:
         """See `Network.run`."""
-        log.info("Watching for new subnet leases")
         heart = heart or Heartbeat()
-        pulses = (stop, heart.pulse("leases"))
-        feeder = threading.Thread(target=self._feed, args=pulses, name="leases", daemon=True)
         try:
             reconciler = Reconciler(neighbours=self._neighbours)
         except OSError as error:
@@ -125,20 +100,10 @@ class PeerNetwork:
                 f"cannot listen to the kernel: {error.strerror} (is AF_NETLINK allowed?)"
             ) from error
         try:
-            feeder.start()
+            self._feed.start(stop, heart.pulse("leases"))
             self._loop(reconciler, stop, synced, heart.pulse("backend"))
         finally:
             reconciler.close()
-
-    def _feed(self, stop: threading.Event, pulse: Pulse) -> None:
-        """Bring the batches of lease events to the loop."""
-        try:
-            for batch in self._manager.watch_leases(self._config, self.lease, stop, pulse):
-                self._inbox.put(batch)
-                self.wake()
-        except BaseException as error:  # noqa: BLE001 - raised again in the loop
-            self._inbox.put(error)
-            self.wake()
 
     def _loop(
         self,
@@ -148,58 +113,67 @@ class PeerNetwork:
         pulse: Pulse,
     ) -> None:
         poll = select.poll()
-        poll.register(self._bell, select.POLLIN)
-        poll.register(reconciler.fileno(), select.POLLIN)
+        poll.register(self._feed, select.POLLIN)
+        poll.register(reconciler, select.POLLIN)
         complete = announced = False
         storm = 0
         while not stop.is_set():
             pulse.beat(IDLE)
             wait = min(self._wait(reconciler, complete), IDLE)
             ready = {fd for fd, _ in poll.poll(wait * 1000)}
-            if self._bell in ready:
-                os.eventfd_read(self._bell)
+            if self._feed.fileno() in ready:
                 complete = self._take_batches(reconciler, complete)
             storm = storm + 1 if reconciler.fileno() in ready else 0
             if storm:
-                self._look_at_device(reconciler.handle())
-            if self._look_at is not None and now() >= self._look_at:
+                self._watch.note(reconciler.handle())
+            if self._watch.due() == 0.0:
                 anew = self._ensure_device()
                 if anew and complete:
                     self._set_all(reconciler)
             # First the device; meanwhile the reconciler remembers what was touched. While more
             # events come, one of them may be the device's: with it go thousands of entries.
-            if complete and self._look_at is None and storm % STORM == 0:
+            if complete and not self._watch.is_planned and storm % STORM == 0:
                 reconciler.work()
             if reconciler.in_step and not announced:
                 announced = True
                 synced()
-                self._remove_former()
+                remove_former(self._former_subnet, self._device.name)
+            if self._asked:
+                self._asked = False
+                self._say_state(reconciler)
 
     def _wait(self, reconciler: Reconciler, complete: bool) -> float:
         """Return the seconds until there is something to do, without an event."""
-        if self._look_at is not None:
-            return max(0.0, self._look_at - now())
-        due = reconciler.due() if complete else None
+        due = self._watch.due()
+        if due is None and complete:
+            due = reconciler.due()
         return math.inf if due is None else due
 
     def _take_batches(self, reconciler: Reconciler, complete: bool) -> bool:
         """Apply the batches that have come. Return whether the peers are completely known."""
-        while True:
-            try:
-                batch = self._inbox.get_nowait()
-            except queue.Empty:
-                return complete
-            if isinstance(batch, BaseException):
-                raise batch
+        for batch in self._feed.take():
             if not complete:
                 self._ensure_device()
             put, drop = self._changes(batch)
             if self._placed:
                 reconciler.update(put, drop)
-            elif self._look_at is None:
+            elif not self._watch.is_planned:
                 # The first time: what is left of a former run and not wanted is swept.
                 self._set_all(reconciler)
             complete = True
+        return complete
+
+    def _ensure_device(self) -> bool:
+        """Mend the device. Return whether the entries have to be made anew."""
+        anew = self._watch.look()
+        return not self._watch.is_planned and (anew or not self._placed)
+
+    def _say_state(self, reconciler: Reconciler) -> None:
+        log.info(
+            "State: leased %s, %d peers, %s; device %s: %s",
+            *(self.lease.subnet, len(self._peers), reconciler.summary()),
+            *(self._device.name, self._watch.trouble or "in order"),
+        )
 
     def _changes(self, batch: Sequence[LeaseEvent]) -> tuple[list[Entry], list[Slot]]:
         """Note what a batch of events means for the peers, and return it as entries."""
@@ -224,7 +198,7 @@ class PeerNetwork:
                 lines.append(f"Subnet added: {subnet} via {lease.attrs.public_ip}")
             elif before:
                 lines.append(f"Subnet removed: {subnet}")
-        self._log_changes(lines)
+        log_changes(lines)
         self._keep_shared(put, drop)
         return list(put.values()), list(drop)
 
@@ -248,14 +222,6 @@ class PeerNetwork:
         """Yield the entries of all peers; where two have the same slot, the newer lease's last."""
         for subnet, _ in sorted(self._leases.items(), key=lambda item: item[1].modified_index):
             yield from self._peers[subnet]
-
-    @staticmethod
-    def _log_changes(lines: Sequence[str]) -> None:
-        if len(lines) > MANY:
-            log.info("%d subnets added or removed (-v=1 lists them)", len(lines))
-        level = logging.INFO if len(lines) <= MANY else verbose(1)
-        for line in lines:
-            log.log(level, "%s", line)
 
     def _read_peer(self, event: LeaseEvent) -> tuple[Entry, ...]:
         """Return what the peer needs; nothing if it is gone or of no use, which is said once."""
@@ -285,39 +251,6 @@ class PeerNetwork:
         self._users = Counter(s for peer in self._peers.values() for s in _shareable(peer))
         reconciler.set_all(self._entries(), self._device.territory())
         self._placed = True
-
-    def _look_at_device(self, events: Sequence[KernelEvent]) -> None:
-        """Plan a look at the device if an event may mean that it changed."""
-        for event in events:
-            if isinstance(event, Overflow) or self._device.is_touched_by(event):
-                self._look_at = max(now(), self._looked_at + DEVICE_GAP)
-
-    def _ensure_device(self) -> bool:
-        """Mend the device. Return whether the entries have to be made anew."""
-        self._looked_at, self._look_at = now(), None
-        try:
-            anew = self._device.ensure()
-        except DeviceError as error:
-            self._look_at = now() + DEVICE_FAILED
-            if str(error) != self._trouble:
-                self._trouble = str(error)
-                log.error("%s (trying again every second)", error)
-            return False
-        if self._trouble:
-            self._trouble = ""
-            log.info("The device %s is in order again", self._device.name)
-        return anew or not self._placed
-
-    def _remove_former(self) -> None:
-        """Remove the vxlan device of a former run with another backend or VNI."""
-        if self._former_subnet is None:
-            return
-        from flanneld.kernel.vxlan import remove_former
-
-        try:
-            remove_former(self._former_subnet.network_address, self._device.name)
-        except DeviceError as error:
-            log.warning("%s", error)
 
 
 def _shareable(entries: Sequence[Entry]) -> Iterator[Slot]:

@@ -19,9 +19,15 @@ def _vxlan() -> Constructor:
     return Vxlan
 
 
+def _udp() -> Constructor:
+    from flanneld.backend.udp.backend import Udp
+
+    return Udp
+
+
 # Each entry imports its backend only when it is asked for: a host uses one of them.
 BACKENDS: Mapping[str, Callable[[], Constructor]] = MappingProxyType(
-    {"vxlan": _vxlan, "host-gw": _host_gw}
+    {"udp": _udp, "vxlan": _vxlan, "host-gw": _host_gw}
 )
 
 
@@ -33,13 +39,6 @@ def find_backend(name: str) -> Constructor:
     try:
         load = BACKENDS[name.lower()]
     except KeyError:
-        if name == "udp":
-            # Perhaps not a word of the operator's: it is what a config without Backend means.
-            raise BackendError(
-                "unknown backend type: udp, which a network config without Backend means, too (this"
-                f" version has: {', '.join(BACKENDS)}; set Backend.Type in the network config, the"
-                " same for all hosts)"
-            ) from None
         known = ", ".join(BACKENDS)
         raise BackendError(
             f"unknown backend type: {name} (this version has: {known}; correct Backend.Type in the"

@@ -5,13 +5,16 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from flanneld.kernel import wire
 from flanneld.kernel.state import Entry, Found
 from flanneld.kernel.wire import Link
+
+T = TypeVar("T")
 
 # linux/netlink.h, asm/socket.h
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
@@ -82,8 +85,8 @@ class Overflow:
 KernelEvent = EntryEvent | LinkEvent | AddressEvent | Overflow
 
 
-class EntrySocket:
-    """Requests about entries to the kernel of the present network namespace.
+class RequestSocket:
+    """Requests to the kernel of the present network namespace.
 
     Every method raises OSError if the kernel gives no answer to the request as a whole.
     """
@@ -99,6 +102,60 @@ class EntrySocket:
         self.port: int = self._socket.getsockname()[0]
         """Marks the events which our own requests cause."""
         self._seq = 0
+        self._disturbed = False
+
+    def dump(
+        self,
+        request: Callable[[int], bytes],
+        wanted: int,
+        parse: Callable[[bytes, int, int], T | None],
+    ) -> list[T]:
+        """Return what ``parse`` makes of each message of type ``wanted`` of a dump.
+
+        ``request`` makes the request from its sequence number; ``parse`` gets the data, the start
+        of the message's body and its end. A dump that was disturbed by a change is taken again.
+        """
+        found: list[T] = []
+        for _ in range(_DUMP_TRIES):
+            self._disturbed = False
+            found = list(self.iterate(request, wanted, parse))
+            if not self._disturbed:
+                break
+        return found
+
+    def iterate(
+        self,
+        request: Callable[[int], bytes],
+        wanted: int,
+        parse: Callable[[bytes, int, int], T | None],
+    ) -> Iterator[T]:
+        """Yield the same, once, as it comes; who does not take all of it closes the socket."""
+        seq = self._seq
+        self._seq = (seq + 1) & 0x3FFFFFFF
+        self._socket.send(request(seq))
+        while True:
+            data = self._socket.recv(_RECEIVE)
+            for offset, end, kind, flags, answered, _ in wire.split_messages(data):
+                if answered != seq:
+                    continue
+                self._disturbed |= bool(flags & wire.NLM_F_DUMP_INTR)
+                if kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
+                    number, words = wire.parse_error(data, offset, end, flags)
+                    # A table that never had a route does not exist.
+                    if number not in (0, errno.ENOENT):
+                        raise OSError(number, _refusal(number, words).text)
+                    return
+                found = parse(data, offset, end) if kind == wanted else None
+                if found is not None:
+                    yield found
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+class EntrySocket(RequestSocket):
+    """Requests about entries."""
 
     def apply(
         self,
@@ -128,28 +185,24 @@ class EntrySocket:
 
     def routes(self, protocol: int) -> list[Found]:
         """Return the IPv4 routes of the main table with this protocol number (0: with any)."""
-        found = self._dump(
+        found = self.dump(
             lambda seq: wire.pack_route_dump(seq, protocol), wire.RTM_NEWROUTE, wire.parse_route
         )
         return [item for item in found if protocol in (0, item.protocol)]
 
     def neighbours(self, oif: int) -> list[Found]:
         """Return the IPv4 neighbours of a device."""
-        found = self._dump(
+        found = self.dump(
             lambda seq: wire.pack_neighbour_dump(seq, oif), wire.RTM_NEWNEIGH, wire.parse_neighbour
         )
         return [item for item in found if item.entry.oif == oif]
 
     def fdb(self, oif: int) -> list[Found]:
         """Return the FDB entries of a device."""
-        found = self._dump(
+        found = self.dump(
             lambda seq: wire.pack_fdb_dump(seq, oif), wire.RTM_NEWNEIGH, wire.parse_neighbour
         )
         return [item for item in found if item.entry.oif == oif]
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
 
     def _batch(self, messages: Sequence[Callable[[int], bytes]]) -> dict[int, Refusal]:
         """Send the messages, made from their sequence numbers; return the refusals by position."""
@@ -184,45 +237,6 @@ class EntrySocket:
                     refusals[seq] = _refusal(number, words)
                 if seq == last:
                     return refusals
-
-    def _dump(
-        self,
-        request: Callable[[int], bytes],
-        wanted: int,
-        parse: Callable[[bytes, int, int], Found | None],
-    ) -> list[Found]:
-        found: list[Found] = []
-        for _ in range(_DUMP_TRIES):
-            found, disturbed = self._dump_once(request, wanted, parse)
-            if not disturbed:
-                break
-        return found
-
-    def _dump_once(
-        self,
-        request: Callable[[int], bytes],
-        wanted: int,
-        parse: Callable[[bytes, int, int], Found | None],
-    ) -> tuple[list[Found], bool]:
-        seq = self._seq
-        self._seq = (seq + 1) & 0x3FFFFFFF
-        self._socket.send(request(seq))
-        entries: list[Found] = []
-        disturbed = False
-        while True:
-            data = self._socket.recv(_RECEIVE)
-            for offset, end, kind, flags, answered, _ in wire.split_messages(data):
-                if answered != seq:
-                    continue
-                disturbed |= bool(flags & wire.NLM_F_DUMP_INTR)
-                if kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
-                    number, words = wire.parse_error(data, offset, end, flags)
-                    if number:
-                        raise OSError(number, _refusal(number, words).text)
-                    return entries, disturbed
-                found = parse(data, offset, end) if kind == wanted else None
-                if found is not None:
-                    entries.append(found)
 
 
 class Monitor:

@@ -158,6 +158,11 @@ class Reconciler:
         if self._check_at is not None and now() >= self._check_at:
             self._check()
 
+    def summary(self) -> str:
+        """Return the state in a few words, for the log."""
+        state = self._trouble or ("in step" if self.in_step else "not compared yet")
+        return f"{len(self._wanted)} kernel entries, {len(self._refused)} refused, {state}"
+
     def close(self) -> None:
         """Close the sockets; the entries stay."""
         self._monitor.close()

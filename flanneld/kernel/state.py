@@ -22,10 +22,11 @@ Slot = Hashable
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A unicast IPv4 route: main table, metric 0, scope global."""
+    """A unicast IPv4 route: main table, metric 0."""
 
     dst: IPv4Network
     via: IPv4Address
+    """0.0.0.0 for a route straight to the device, which has scope link."""
     oif: int
     """Index of the output device."""
     onlink: bool = False

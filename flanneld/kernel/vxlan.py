@@ -2,23 +2,18 @@
 
 import errno
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from socket import AF_INET
 from typing import Any
 
-from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from flanneld.errors import DeviceError
+from flanneld.kernel.device import IFF_UP, add_address, addresses_of, find_link, opened_kernel
 from flanneld.kernel.state import contains
 
 log = logging.getLogger(__name__)
-
-_IFF_UP = 1
 
 # vxlan's own default would be the IANA's 4789; flannel's is Linux's first one.
 DEFAULT_PORT = 8472
@@ -63,12 +58,12 @@ class VxlanDevice:
     def ensure(self) -> None:
         """Make the device, or mend what differs; it is up afterwards, and the indexes known."""
         spec = self.spec
-        with _kernel(f"cannot set up {spec.name}") as kernel:
-            underlay = _link(kernel, spec.underlay)
+        with opened_kernel(f"cannot set up {spec.name}") as kernel:
+            underlay = find_link(kernel, spec.underlay)
             if underlay is None:
                 raise DeviceError(f"cannot set up {spec.name}: there is no {spec.underlay}")
             self.underlay_index = int(underlay["index"])
-            link = _link(kernel, spec.name)
+            link = find_link(kernel, spec.name)
             if link is None:
                 link = self._make(kernel)
                 if self._settled:
@@ -76,7 +71,7 @@ class VxlanDevice:
             elif not self._fits(link):
                 kernel.link("del", index=link["index"])
                 link = self._make(kernel)
-            elif self._settled and not link["flags"] & _IFF_UP:
+            elif self._settled and not link["flags"] & IFF_UP:
                 log.warning("%s was set down: it is set up again", spec.name)
             self._mend(kernel, link)
             self.index = int(link["index"])
@@ -84,18 +79,15 @@ class VxlanDevice:
 
     def ensure_address(self, address: IPv4Address, networks: tuple[IPv4Network, ...]) -> None:
         """Give the device ``address``/32 and take its other addresses inside ``networks`` away."""
-        with _kernel(f"cannot set the address of {self.spec.name}") as kernel:
-            found = [
-                (IPv4Address(message.get("local") or message.get("address")), message["prefixlen"])
-                for message in kernel.get_addr(index=self.index, family=AF_INET)
-            ]
+        with opened_kernel(f"cannot set the address of {self.spec.name}") as kernel:
+            found = addresses_of(kernel, self.index)
             # First of all: with its last address a device loses all its routes.
             if (address, 32) not in found:
                 if self._addressed == self.index:
                     log.warning(
                         "%s has lost its address %s/32: it is put back", self.spec.name, address
                     )
-                _add_address(kernel, self.index, address)
+                add_address(kernel, self.index, address, 32)
             self._addressed = self.index
             for other, length in found:
                 if (other, length) == (address, 32):
@@ -148,7 +140,7 @@ class VxlanDevice:
                 raise
             raise DeviceError(_who_uses(kernel, spec)) from error
         _set_sysctl(f"net/ipv6/conf/{spec.name}/accept_ra", "0")
-        link = _link(kernel, spec.name)
+        link = find_link(kernel, spec.name)
         if link is None:
             raise DeviceError(f"{spec.name} vanished as soon as it was made")
         return link
@@ -163,7 +155,7 @@ class VxlanDevice:
             kernel.link("set", index=index, address=self.mac)
         if link.get("mtu") != spec.mtu:
             self._set_mtu(kernel, index, link.get("mtu"))
-        if not link["flags"] & _IFF_UP:
+        if not link["flags"] & IFF_UP:
             try:
                 kernel.link("set", index=index, state="up")
             except NetlinkError as error:
@@ -199,7 +191,7 @@ def remove_former(address: IPv4Address, keep: str) -> None:
 
     It is recognised by flannel's name and by the former subnet's ``address``.
     """
-    with _kernel("cannot look for former vxlan devices") as kernel:
+    with opened_kernel("cannot look for former vxlan devices") as kernel:
         for message in kernel.get_addr(family=AF_INET):
             if (message.get("local"), message["prefixlen"]) != (str(address), 32):
                 continue
@@ -211,38 +203,10 @@ def remove_former(address: IPv4Address, keep: str) -> None:
                 log.info("Removed %s, the device of a former run", name)
 
 
-@contextmanager
-def _kernel(what: str) -> Iterator[Any]:
-    try:
-        with IPRoute() as kernel:
-            yield kernel
-    except NetlinkError as error:
-        raise DeviceError(f"{what}: {os.strerror(error.code).lower()}") from error
-    except OSError as error:
-        raise DeviceError(f"{what}: {error}") from error
-
-
-def _link(kernel: Any, name: str) -> Any:
-    try:
-        return kernel.link("get", ifname=name)[0]
-    except NetlinkError as error:
-        if error.code == errno.ENODEV:
-            return None
-        raise
-
-
-def _add_address(kernel: Any, index: int, address: IPv4Address) -> None:
-    try:
-        kernel.addr("add", index=index, address=str(address), prefixlen=32)
-    except NetlinkError as error:
-        if error.code != errno.EEXIST:  # a dump that was disturbed did not show it
-            raise
-
-
 def connected_networks(name: str) -> tuple[IPv4Network, ...]:
     """Return the networks to which the addresses of a device belong. Raises DeviceError."""
-    with _kernel(f"cannot read the addresses of {name}") as kernel:
-        link = _link(kernel, name)
+    with opened_kernel(f"cannot read the addresses of {name}") as kernel:
+        link = find_link(kernel, name)
         if link is None:
             raise DeviceError(f"there is no {name}")
         return tuple(

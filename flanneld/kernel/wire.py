@@ -33,7 +33,7 @@ NLMSGERR_ATTR_MSG = 1
 
 AF_BRIDGE = 7
 RT_TABLE_MAIN, RTN_UNICAST, RTNH_F_ONLINK = 254, 1, 4
-RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 NUD_PERMANENT, NTF_SELF = 0x80, 0x2
 RTMGRP_LINK, RTMGRP_NEIGH, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x4, 0x10, 0x40
 
@@ -41,6 +41,8 @@ RTMGRP_LINK, RTMGRP_NEIGH, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x4, 0x1
 HEADER = struct.Struct("=IHHII")
 _RTMSG = struct.Struct("=BBBBBBBBI")
 _ROUTE = struct.Struct("=IHHII BBBBBBBBI HH4s HH4s HHI")
+# The same without a gateway; 44 bytes.
+_DIRECT_ROUTE = struct.Struct("=IHHII BBBBBBBBI HH4s HHI")
 # Header, ndmsg, then address and MAC, padded; 48 bytes.
 _NEIGHBOUR = struct.Struct("=IHHII BxxxiHBB HH4s HH6sxx")
 _NDMSG = struct.Struct("=BxxxiHBB")
@@ -70,6 +72,14 @@ def pack_write(seq: int, entry: Entry, *, replace: bool = True) -> bytes:
     flags = NLM_F_REQUEST | NLM_F_CREATE | (NLM_F_REPLACE if replace else NLM_F_EXCL)
     if not isinstance(entry, Route):
         return _pack_neighbour(RTM_NEWNEIGH, flags, seq, entry)
+    if not int(entry.via):
+        return _DIRECT_ROUTE.pack(
+            *(_DIRECT_ROUTE.size, RTM_NEWROUTE, flags, seq, 0),
+            *(socket.AF_INET, entry.dst.prefixlen, 0, 0),
+            *(RT_TABLE_MAIN, PROTOCOL, RT_SCOPE_LINK, RTN_UNICAST, 0),
+            *(8, RTA_DST, entry.dst.network_address.packed),
+            *(8, RTA_OIF, entry.oif),
+        )
     return _ROUTE.pack(
         *(_ROUTE.size, RTM_NEWROUTE, flags, seq, 0),
         *(socket.AF_INET, entry.dst.prefixlen, 0, 0),

@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-import etcd
 import urllib3
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from flanneld.errors import OptionError, StoreUnavailable
+from flanneld.subnet.python_etcd import etcd
 from flanneld.subnet.store import Behind
 
 # Seconds. The original waits 1 s for a connection and for ever for an answer. etcd itself gives

@@ -15,7 +15,6 @@ from http.client import IncompleteRead, RemoteDisconnected
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import etcd
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, SSLError
 
 from flanneld.errors import (
@@ -35,6 +34,7 @@ from flanneld.subnet.etcd_member import (
     parse_endpoint,
     tls_context,
 )
+from flanneld.subnet.python_etcd import etcd
 from flanneld.subnet.store import Behind, Change, Node, Poll, Snapshot, StoreEvent
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from flanneld.backend import peers
+from flanneld.backend import device, peers
 from flanneld.backend.peers import PeerNetwork
 from flanneld.backend.vxlan import VxlanLink, peer_entries
 from flanneld.errors import DeviceError
@@ -168,8 +168,8 @@ class Running:
 @pytest.fixture
 def net(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Running]:
     monkeypatch.setattr(logging.getLogger("flanneld"), "propagate", True)
-    monkeypatch.setattr(peers, "DEVICE_FAILED", 0.05)
-    monkeypatch.setattr(peers, "DEVICE_GAP", 0.01)
+    monkeypatch.setattr(device, "FAILED", 0.05)
+    monkeypatch.setattr(device, "GAP", 0.01)
     running = Running()
     monkeypatch.setattr(peers, "Reconciler", lambda **_: running.kernel)
     with caplog.at_level(logging.INFO, "flanneld"), _loop(running):

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flanneld.backend import device as device_watch
 from flanneld.backend import peers
 from flanneld.backend.hostgw import ExternalLink, HostGW
 from flanneld.backend.peers import PeerNetwork
@@ -227,8 +228,8 @@ def follow(
     leases.wake, leases.finish = network.wake, finish
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, "Reconciler", make_reconciler)
-        patch.setattr(peers, "DEVICE_GAP", 0.002)
-        patch.setattr(peers, "DEVICE_FAILED", 0.03)
+        patch.setattr(device_watch, "GAP", 0.002)
+        patch.setattr(device_watch, "FAILED", 0.03)
         network.run(stop, lambda: synced.append(len(reconciler.calls)))
     assert reconciler.closed
     assert reconciler.neighbours is neighbours

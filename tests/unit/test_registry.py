@@ -8,6 +8,7 @@ import pytest
 from flanneld.backend.base import Constructor
 from flanneld.backend.hostgw import HostGW
 from flanneld.backend.registry import BACKENDS, find_backend
+from flanneld.backend.udp.backend import Udp
 from flanneld.backend.vxlan import Vxlan
 from flanneld.errors import BackendError
 
@@ -16,6 +17,7 @@ from flanneld.errors import BackendError
     ("name", "backend"),
     [
         *(("host-gw", HostGW), ("HOST-GW", HostGW), ("Host-Gw", HostGW)),
+        *(("udp", Udp), ("UDP", Udp)),
         *(("vxlan", Vxlan), ("VXLAN", Vxlan), ("VxLan", Vxlan)),
     ],
 )
@@ -28,7 +30,7 @@ def test_an_unknown_name(name: str) -> None:
     with pytest.raises(BackendError) as caught:
         find_backend(name)
     text = str(caught.value)
-    assert text.startswith(f"unknown backend type: {name} (this version has: vxlan, host-gw;")
+    assert text.startswith(f"unknown backend type: {name} (this version has: udp, vxlan, host-gw;")
     assert "correct Backend.Type in the network config" in text
 
 
@@ -41,7 +43,8 @@ def test_every_backend_can_be_loaded() -> None:
 def test_no_backend_is_loaded_unasked() -> None:
     code = (
         "import sys, flanneld.backend.registry; "
-        "unasked = ('flanneld.backend.hostgw', 'flanneld.backend.vxlan', 'pyroute2'); "
+        "unasked = ('flanneld.backend.hostgw', 'flanneld.backend.vxlan', 'pyroute2', "
+        "'flanneld.backend.udp.backend'); "
         "print([m for m in sys.modules if m in unasked])"
     )
     result = subprocess.run(

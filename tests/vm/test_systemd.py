@@ -23,10 +23,12 @@ PREFIX = "/coreos.com/network"
 SETTINGS = "/etc/default/flanneld"
 DROP_IN = "/run/systemd/system/flanneld.service.d/test.conf"
 
-# Backend -> what a peer's lease holds beside its public IP, and the device its route uses.
+# Backend -> what a peer's lease holds beside its public IP, where the route that leads to
+# 10.5.99.0/24 goes, and its device.
 BACKENDS = {
-    "vxlan": ('"BackendData":{"VtepMAC":"02:00:00:00:00:63"}', "flannel.1"),
-    "host-gw": ("", "enp0s1"),
+    "vxlan": ('"BackendData":{"VtepMAC":"02:00:00:00:00:63"}', "10.5.99.0/24", "flannel.1"),
+    "host-gw": ("", "10.5.99.0/24", "enp0s1"),
+    "udp": ("", "10.5.0.0/16", "flannel0"),
 }
 
 # linux/capability.h: CAP_SETGID, CAP_SETUID, CAP_NET_ADMIN, CAP_NET_RAW.
@@ -170,15 +172,18 @@ def test_ready_and_at_work(node: Node, backend: str) -> None:
     lease = node.etcd("GET", f"/subnets/{subnet.replace('/', '-')}")["node"]
     assert json.loads(lease["value"])["PublicIP"] == "10.0.2.15"
     node.put_lease("10.5.99.0/24", "10.0.2.99", backend)
-    device = BACKENDS[backend][1]
+    _, destination, device = BACKENDS[backend]
     node.machine.wait(
-        lambda: f"dev {device}" in node.ask("ip route show proto 102 10.5.99.0/24"), "the route"
+        lambda: f"dev {device}" in node.ask(f"ip route show proto 102 {destination}"), "the route"
     )
     if backend == "vxlan":
         assert "dst 10.0.2.99" in node.ask("bridge fdb show dev flannel.1")
         # A sysctl that the daemon sets: /proc/sys/net may be written.
         assert node.ask("cat /proc/sys/net/ipv6/conf/flannel.1/accept_ra") == "0"
-    assert not re.search("(?i)not permitted|denied|read-only", node.log(since=since))
+    if backend == "udp":
+        tunnel = node.ask(f"pgrep --parent {node.pid()}")
+        assert "65534" in node.ask(f"grep Uid: /proc/{tunnel}/status")
+    assert not re.search("(?i)not permitted|denied|read-only|stays root", node.log(since=since))
 
 
 def test_it_has_these_rights_and_no_others(node: Node) -> None:

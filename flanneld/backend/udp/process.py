@@ -8,6 +8,7 @@ import enum
 import logging
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 # Importing numpy takes 0.2 s, on a machine that boots much more.
 START_SECONDS = 30.0
 # The tunnel looks at its control socket after some milliseconds even under full load.
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 5.0
 _TOP = Path(__file__).resolve().parents[3]
 
 
@@ -85,6 +86,10 @@ class Descriptors:
         device = tun.open_tun(log.warning, pattern, wanted)
         os.close(self.tun.fd)
         self.tun = device
+
+    def tun_lost(self) -> bool:
+        """Tell whether the TUN device has been deleted."""
+        return tun.is_lost(self.tun.fd)
 
     def close(self) -> None:
         """Close all; the TUN device goes with it. Not to be repeated."""
@@ -142,7 +147,8 @@ class TunnelProcess:
             raise TunnelError(f"the udp tunnel cannot be started: {error}") from error
         finally:
             theirs.close()
-        self._ready = False
+        self.ready = False
+        """Packets are forwarded."""
 
     @property
     def pid(self) -> int:
@@ -156,7 +162,7 @@ class TunnelProcess:
     def wait_ready(self, timeout: float = START_SECONDS) -> None:
         """Wait until packets are forwarded. Raises TunnelError."""
         deadline = time.monotonic() + timeout
-        while not self._ready:
+        while not self.ready:
             self._take(self._receive(deadline))
 
     def set_peers(self, routes: Iterable[PeerRoute]) -> None:
@@ -203,6 +209,20 @@ class TunnelProcess:
         self.dispatch()
         # tunnel.TUN_LOST, which cannot be imported here without numpy.
         return Exit.TUN_LOST if status == 3 else Exit.DIED
+
+    def ending(self) -> str:
+        """Return how it ended, for the log; empty while it runs."""
+        status = self._process.poll()
+        if status is None:
+            return ""
+        if status >= 0:
+            return f"exit status {status}"
+        return f"killed by {signal.Signals(-status).name}"
+
+    def kill(self) -> None:
+        """End it at once, whatever it does. Safe to repeat."""
+        self._process.kill()
+        self.close()
 
     def close(self, timeout: float = 2.0) -> None:
         """End it. Safe to repeat."""
@@ -256,7 +276,7 @@ class TunnelProcess:
         if message.op is Op.SAY:
             log.warning("%s", message.body.decode(errors="replace"))
         elif message.op is Op.READY:
-            self._ready = True
+            self.ready = True
 
     def _failed(self, why: str) -> TunnelError:
         return TunnelError(f"udp tunnel (process {self.pid}): {why}")

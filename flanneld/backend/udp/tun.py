@@ -18,6 +18,7 @@ from flanneld.errors import DeviceError
 # linux/if_tun.h
 _TUNSETIFF = 0x400454CA
 _TUNSETOFFLOAD = 0x400454D0
+_TUNGETIFF = 0x800454D2
 _IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 _F_CSUM, _F_TSO4, _F_USO4, _F_USO6 = 0x01, 0x02, 0x20, 0x40
 _IFREQ = struct.Struct("16sH22x")
@@ -58,6 +59,10 @@ ALL = ~Offload(0)
 Say = Callable[[str], None]
 
 
+class AddressInUse(DeviceError):
+    """Somebody else is bound to the tunnel's address and port."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tun:
     """An open TUN device. It is gone when the last descriptor of it is closed."""
@@ -87,6 +92,15 @@ def open_tun(say: Say, pattern: str = "flannel%d", wanted: Offload = ALL) -> Tun
     except OSError as error:
         os.close(fd)
         raise DeviceError(f"TUN device {pattern} cannot be made: {error.strerror}") from error
+
+
+def is_lost(fd: int) -> bool:
+    """Tell whether the TUN device of this descriptor has been deleted."""
+    try:
+        fcntl.ioctl(fd, _TUNGETIFF, _IFREQ.pack(b"", 0))
+    except OSError as error:
+        return error.errno == errno.EBADFD
+    return False
 
 
 def _set_offloads(fd: int, say: Say, wanted: Offload) -> Offload:
@@ -127,10 +141,12 @@ def open_socket(
         udp.bind((str(address), port))
     except OSError as error:
         udp.close()
-        raise DeviceError(
-            f"UDP {address}:{port} cannot be bound: {error.strerror}; is another flanneld running"
-            " on this host?"
-        ) from error
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(
+                f"UDP {address}:{port} is in use: is another flanneld running on this host? End"
+                " it, or set another Port in the network config, the same for all hosts"
+            ) from error
+        raise DeviceError(f"UDP {address}:{port} cannot be bound: {error.strerror}") from error
     for force, plain in (
         (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
         (_SO_SNDBUFFORCE, socket.SO_SNDBUF),

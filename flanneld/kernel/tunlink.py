@@ -1,0 +1,50 @@
+"""The udp backend's TUN device as a link: its address, MTU and state; through pyroute2."""
+
+import logging
+from ipaddress import IPv4Address, IPv4Network
+
+from flanneld.errors import DeviceError
+from flanneld.kernel.device import IFF_UP, add_address, addresses_of, find_link, opened_kernel
+
+log = logging.getLogger(__name__)
+
+# linux/if_addr.h, IFA_F_NOPREFIXROUTE: the route to the network is ours to keep, not a by-product
+# of the address.
+_NO_PREFIX_ROUTE = 0x200
+
+
+class TunLink:
+    """Keeps a TUN device configured; `ensure` may be repeated."""
+
+    def __init__(self, address: IPv4Address, network: IPv4Network, mtu: int) -> None:
+        """The device has ``address`` with the prefix length of ``network``, as the original's."""
+        self._address = (address, network.prefixlen)
+        self._mtu = mtu
+        self._settled = 0
+
+    def ensure(self, name: str) -> int:
+        """Give the device its address and MTU and set it up; log what had been changed.
+
+        Returns its index. Raises DeviceError, with what stands in the way.
+        """
+        address, length = self._address
+        with opened_kernel(f"cannot set up {name}") as kernel:
+            link = find_link(kernel, name)
+            if link is None:
+                raise DeviceError(f"cannot set up {name}: it is not there")
+            index = int(link["index"])
+            again = self._settled == index
+            if link.get("mtu") != self._mtu:
+                if again:
+                    log.warning("MTU of %s: %d, set to %d", name, link.get("mtu"), self._mtu)
+                kernel.link("set", index=index, mtu=self._mtu)
+            if self._address not in addresses_of(kernel, index):
+                if again:
+                    log.warning("%s has lost its address %s: it is put back", name, address)
+                add_address(kernel, index, address, length, flags=_NO_PREFIX_ROUTE)
+            if not link["flags"] & IFF_UP:
+                if again:
+                    log.warning("%s was set down: it is set up again", name)
+                kernel.link("set", index=index, state="up")
+        self._settled = index
+        return index
