@@ -105,13 +105,13 @@ class Node:
         return f"{network[1]}/{network.prefixlen}"
 
     def log(self, unit: str = "flanneld", since: str = "") -> str:
-        """Return the journal of a unit, from ``since`` (a cursor) on."""
-        after = f"--after-cursor='{since}'" if since else ""
+        """Return the journal of a unit, from ``since`` (a result of `time`) on."""
+        after = f"--since='{since}'" if since else ""
         return self.ask(f"journalctl --no-pager --output=cat -u {unit} {after}")
 
-    def cursor(self) -> str:
-        """Return where the journal ends now."""
-        return self.ask("journalctl -n 0 --show-cursor").split("cursor: ")[1]
+    def time(self) -> str:
+        """Return a time that everything so far is before, for `log`."""
+        return self.ask("sleep 1; date '+%Y-%m-%d %H:%M:%S'")
 
     def wait_active(self, unit: str = "flanneld") -> None:
         self.machine.wait(
@@ -164,7 +164,7 @@ def test_ready_and_at_work(node: Node, backend: str) -> None:
     node.run("systemctl stop flanneld")
     node.etcd("DELETE", "/subnets?recursive=true")
     node.put_config(backend)
-    since = node.cursor()
+    since = node.time()
     node.run("systemctl start flanneld")
     assert node.ask("systemctl is-active flanneld") == "active"
     subnet = node.subnet()
@@ -232,7 +232,7 @@ def test_what_is_not_needed_is_out_of_reach(node: Node) -> None:
 
 
 def test_a_frozen_daemon_is_restarted(node: Node) -> None:
-    subnet, before, since = node.subnet(), node.pid(), node.cursor()
+    subnet, before, since = node.subnet(), node.pid(), node.time()
     node.run(f"kill -STOP {before}")
     node.machine.wait(
         lambda: "Watchdog timeout" in node.log(since=since), "the watchdog", timeout=300
@@ -259,7 +259,7 @@ def test_stop_is_clean_and_the_next_start_goes_on(node: Node) -> None:
     node.put_lease("10.5.99.0/24", "10.0.2.99", "vxlan")
     route = "ip route show proto 102 10.5.99.0/24"
     node.machine.wait(lambda: "flannel.1" in node.ask(route), "the route")
-    subnet, since = node.subnet(), node.cursor()
+    subnet, since = node.subnet(), node.time()
     node.run("systemctl stop flanneld")
     assert node.show("flanneld", "Result") == "success"
     assert node.show("flanneld", "ExecMainStatus") == "0"
@@ -316,7 +316,7 @@ def test_docker_keeps_running_while_flanneld_restarts(node: Node) -> None:
     node.run("systemctl start docker", timeout=300)
     assert node.docker_has(node.bip())
     before = node.pid("docker")
-    since = node.cursor()
+    since = node.time()
     node.run("systemctl restart flanneld")
     node.run(f"kill -KILL {node.pid()}")
     node.machine.wait(
@@ -353,7 +353,7 @@ def test_docker_does_not_start_without_a_subnet(node: Node) -> None:
 def test_docker_that_somebody_stopped_stays_stopped(node: Node) -> None:
     node.run("systemctl start docker", timeout=300)
     node.run("systemctl stop docker.socket docker")
-    since = node.cursor()
+    since = node.time()
     node.run("systemctl restart flanneld")
     node.machine.wait(lambda: "Finished" in node.log("flannel-docker", since), "a look at docker")
     assert node.pid("docker") == 0
