@@ -14,11 +14,15 @@ BACKEND ?= vxlan
 
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
-	openssl:openssl gcc:gcc systemd-analyze:systemd
+	openssl:openssl gcc:gcc nft:nftables docker:docker.io busybox:busybox-static \
+	systemd-analyze:systemd
 VM_PACKAGES := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap mkfs.ext4:e2fsprogs depmod:kmod
 HEADERS := libc6-dev python3-dev python3-venv
+# Debian starts a daemon when it is installed, and docker's would change this machine's firewall.
+# The tests start their own. See /usr/share/doc/init-system-helpers/README.policy-rc.d.gz.
+POLICY := /usr/sbin/policy-rc.d
 
-.PHONY: help install packages demo test lint unit netns bench-vxlan soak-udp bench-udp install-system test-systemd clean
+.PHONY: help install packages demo test lint unit netns docker bench-vxlan soak-udp bench-udp install-system test-systemd clean
 
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
@@ -28,6 +32,7 @@ help:
 	@echo "make lint      ruff and mypy only"
 	@echo "make unit      unit tests only (no root, no network)"
 	@echo "make netns     the tests on the real kernel only (root)"
+	@echo "make docker    the tests with a real dockerd on each host only (root)"
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
 	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
@@ -47,6 +52,9 @@ packages:
 	[ -z "$$missing" ] && exit 0; \
 	if [ "$$(id -u)" != 0 ]; then echo "missing Debian packages:$$missing (apt-get install them as root)"; exit 1; fi; \
 	echo "installing$$missing"; \
+	if [ ! -e $(POLICY) ]; then \
+		trap 'rm -f $(POLICY)' EXIT INT TERM; printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod 755 $(POLICY); \
+	fi; \
 	apt-get install -y --no-install-recommends $$missing >/dev/null 2>&1 || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }
 
@@ -72,6 +80,9 @@ unit: $(STAMP)
 
 netns: $(STAMP)
 	$(BIN)/pytest tests/netns
+
+docker: $(STAMP)
+	$(BIN)/pytest tests/docker
 
 soak-udp: $(STAMP)
 	FLANNEL_UDP_MB=2000 $(BIN)/pytest tests/netns/test_udp_tunnel.py -k much_data

@@ -19,6 +19,8 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 ENV_PREFIX = "FLANNELD_"
+# A day, in seconds: more is a mistake.
+LONGEST_RESYNC = 86400
 # glog's "no location"; it is only ever a default, since as a flag value it is a syntax error.
 NO_BACKTRACE = ":0"
 
@@ -264,6 +266,24 @@ class Options:
     ip_masq: bool = _flag(
         "ip-masq", BOOL, False, "masquerade traffic that leaves the flannel network"
     )
+    ip_masq_fully_random_disable: bool = _flag(
+        "ip-masq-fully-random-disable",
+        BOOL,
+        False,
+        "masquerade without --random-fully: source ports are kept where they are free",
+    )
+    iptables_forward_rules: bool = _flag(
+        "iptables-forward-rules",
+        BOOL,
+        True,
+        "accept the network's packets in the FORWARD chain, which docker has drop them",
+    )
+    iptables_resync: int = _flag(
+        "iptables-resync",
+        INT,
+        5,
+        "seconds between two checks that the masquerade and forward rules are still there",
+    )
     kube_subnet_mgr: bool = _flag(
         "kube-subnet-mgr", BOOL, False, "keep leases in Kubernetes nodes, not in etcd; unsupported"
     )
@@ -399,10 +419,10 @@ def check(options: Options) -> None:
             f"this version has no Kubernetes support: remove {', '.join(kube)} "
             "and keep the network config in etcd"
         )
-    if options.ip_masq:
+    if not 1 <= options.iptables_resync <= LONGEST_RESYNC:
         raise OptionError(
-            "this version has no masquerade rules yet: remove ip-masq "
-            "and add the rules by other means"
+            f"invalid iptables-resync: {options.iptables_resync} "
+            f"(use 1 to {LONGEST_RESYNC} seconds)"
         )
     if options.healthz_port > 65535:
         raise OptionError(

@@ -6,6 +6,7 @@ own would tell systemd only that a timer runs.
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -65,6 +66,10 @@ class Pulse:
     def beat(self, wait: float = 0.0) -> None:
         """Say that the loop runs, and comes back here after a wait of up to ``wait`` seconds."""
         self.due = _clock() + wait + SLACK
+
+    def end(self) -> None:
+        """Say that the loop has come to its end, as it should."""
+        self.due = math.inf
 
 
 class Heartbeat:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 
-from flanneld import __version__, flags, logs, signals
+from flanneld import __version__, docker0, flags, logs, signals
 from flanneld.backend.base import Network
 from flanneld.backend.registry import find_backend
 from flanneld.errors import (
@@ -99,8 +99,12 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
         if options.healthz_port > 0:
             start_healthz(options)
         config, network = register(manager, external, previous, notifier, stop)
+        heart = Heartbeat()
+        rules = keep_rules(options, config, network, previous, stop, heart=heart)
         write_subnet_file(options, config, network)
-        keep_running(options, manager, network, notifier, stop)
+        with kept_in_this_thread():
+            docker0.start_watch(config.network, network.lease.subnet, stop)
+        keep_running(options, manager, network, notifier, stop, heart=heart, rules=rules)
     finally:
         notifier.stopping()
         stop.set()
@@ -196,6 +200,29 @@ def fetch_config(manager: SubnetManager, notifier: Notifier, stop: threading.Eve
     return config
 
 
+def keep_rules(
+    options: Options,
+    config: Config,
+    network: Network,
+    previous: env.Previous,
+    stop: threading.Event,
+    *,
+    heart: Heartbeat,
+) -> threading.Thread:
+    """Put the masquerade and forward rules in place, and keep them in a thread of their own."""
+    from flanneld.masquerade import keeper
+
+    return keeper.keep(
+        options,
+        config.network,
+        network.lease.subnet,
+        enable_nftables=config.enable_nftables,
+        former_network=previous.network,
+        stop=stop,
+        heart=heart,
+    )
+
+
 def write_subnet_file(options: Options, config: Config, network: Network) -> None:
     """Tell docker and the operator which subnet this host has."""
     text = env.render(config.network, network.lease.subnet, network.mtu, options.ip_masq)
@@ -209,8 +236,14 @@ def keep_running(
     network: Network,
     notifier: Notifier,
     stop: threading.Event,
+    *,
+    heart: Heartbeat,
+    rules: threading.Thread,
 ) -> None:
-    """Monitor the lease in the foreground while the backend runs in a thread."""
+    """Monitor the lease in the foreground while the backend runs in a thread.
+
+    ``rules`` is one that runs already.
+    """
     subnet = network.lease.subnet
     monitor = LeaseMonitor(manager, network.lease, options.subnet_lease_renew_margin * 60.0)
 
@@ -219,14 +252,14 @@ def keep_running(
         notifier.status(f"leased {subnet}, following the other hosts")
 
     notifier.status(f"leased {subnet}, waiting for the other hosts' leases")
-    heart, watchdog = Heartbeat(), notifier.watchdog_interval
+    watchdog = notifier.watchdog_interval
     loops: dict[str, Callable[[], None]] = {
         "backend": lambda: network.run(stop, synced, heart),
         "own lease": lambda: monitor.feed(stop, heart),
     }
     if watchdog is not None:
         loops["heartbeat"] = lambda: heart.run(stop, watchdog, notifier.watchdog)
-    threads: list[threading.Thread] = []
+    threads = [rules]
     try:
         with kept_in_this_thread():
             threads.extend(_start(name, loop, monitor.fail) for name, loop in loops.items())

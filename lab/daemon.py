@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -26,9 +26,10 @@ FLANNELD = (sys.executable, "-m", "flanneld")
 class Flanneld:
     """flanneld with the real command line, the host's own subnet file and a notify socket.
 
-    ``extra`` are further flags. ``program`` may be another implementation of flanneld. The same
-    object can be started again after its process ended; ``log`` and ``notifications`` are those
-    of the latest start. The process ends with the lab at the latest.
+    ``extra`` are further flags, ``environ`` further variables. ``program`` may be another
+    implementation of flanneld. The same object can be started again after its process ended;
+    ``log`` and ``notifications`` are those of the latest start. The process ends with the lab at
+    the latest.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Flanneld:
         *extra: str,
         etcd: "Etcd | EtcdCluster | None" = None,
         program: Sequence[str] = FLANNELD,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self.host = host
         self.extra = extra
         self.program = tuple(program)
+        self.environ = dict(environ or {})
         self._etcd = etcd or host.lab.etcd
         self._log = host.lab.scratch_file(f"{host.label}-flanneld")
         self._log.touch()
@@ -69,7 +72,7 @@ class Flanneld:
         self._log_from = self._log.stat().st_size
         # FLANNELD_* of whoever runs the lab would be options of this daemon.
         env = {k: v for k, v in environment().items() if not k.startswith("FLANNELD_")}
-        env |= {"NOTIFY_SOCKET": str(self._notify.path), "PYTHONPATH": str(_TOP)}
+        env |= {"NOTIFY_SOCKET": str(self._notify.path), "PYTHONPATH": str(_TOP), **self.environ}
         self.started = time.monotonic()
         self._process = self.host.popen(self.argv, output=self._log, env=env)
         return self

@@ -1,5 +1,6 @@
 """Names that say which run they belong to, and the sweep of what dead runs left behind."""
 
+import contextlib
 import os
 import re
 import secrets
@@ -10,6 +11,7 @@ from pathlib import Path
 from lab.process import end_strangers, run
 
 NETNS_DIRECTORY = Path("/run/netns")
+CGROUPS = Path("/sys/fs/cgroup")
 MEMORY = Path("/dev/shm")  # noqa: S108 - only subdirectories made with mkdtemp
 
 # What new_prefix() makes; the first group is the process id of the run.
@@ -60,6 +62,24 @@ def delete_namespace(namespace: str) -> None:
     run(["ip", "netns", "del", namespace], check=False)
 
 
+def remove_cgroups(name: str) -> None:
+    """Remove a control group and those in it, from every hierarchy. Safe to repeat.
+
+    Of one in which a process runs the kernel keeps what it needs.
+    """
+    for parent in _hierarchies():
+        for directory, _, _ in os.walk(parent / name, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+
+
+def _hierarchies() -> list[Path]:
+    # Version 2 has one hierarchy, version 1 one for each controller.
+    if not CGROUPS.is_dir():
+        return []
+    return [CGROUPS, *(path for path in CGROUPS.iterdir() if path.is_dir())]
+
+
 def sweep_stale() -> list[str]:
     """Remove what runs left behind that were killed before they could clean up.
 
@@ -73,6 +93,10 @@ def sweep_stale() -> list[str]:
     for parent in _parents():
         for path in _of_dead_runs(parent, _DIRECTORY):
             shutil.rmtree(path, ignore_errors=True)
+            removed.append(str(path))
+    for parent in _hierarchies():
+        for path in _of_dead_runs(parent, _NAMESPACE):
+            remove_cgroups(path.name)
             removed.append(str(path))
     return removed
 

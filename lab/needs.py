@@ -13,6 +13,11 @@ PACKAGES = {
     "etcd": "etcd-server",
 }
 TLS_PACKAGES = {"openssl": "openssl"}
+FIREWALL_PACKAGES = {
+    "iptables-legacy": "iptables",
+    "iptables-nft": "iptables",
+    "nft": "nftables",
+}
 
 
 def missing(packages: dict[str, str] | None = None) -> str:

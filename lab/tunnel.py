@@ -4,13 +4,14 @@ Each host gets the subnet 10.5.N.0/24, a TUN device with the network's length as
 a tunnel that knows the other hosts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network
 from typing import TYPE_CHECKING
 
 from flanneld.backend.udp.counters import Counters
+from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.peers import PeerRoute
-from flanneld.backend.udp.process import Descriptors, TunnelProcess
+from flanneld.backend.udp.process import TunnelProcess
 from flanneld.backend.udp.tun import ALL, Offload
 
 if TYPE_CHECKING:
@@ -78,17 +79,34 @@ class HostTunnel:
 
     def reopen_tun(self) -> None:
         """Make the deleted device anew."""
-        self.host.inside(lambda: self.descriptors.reopen_tun(wanted=self.wanted))
+        self.host.inside(self.descriptors.reopen_tun)
         configure(self.host, self.descriptors.tun.name, self.mtu)
 
     def close(self) -> None:
         """End the process."""
         self.process.close()
 
+    def set_peers(self, routes: Iterable[PeerRoute]) -> None:
+        """Add peers or change them; done when this returns, as for all of these."""
+        self.process.set_peers(routes)
+        self.process.wait_settled()
+
+    def remove_peers(self, subnets: Iterable[IPv4Network]) -> None:
+        """Remove peers."""
+        self.process.remove_peers(subnets)
+        self.process.wait_settled()
+
+    def replace_peers(self, routes: Iterable[PeerRoute]) -> None:
+        """Make these all peers."""
+        self.process.replace_peers(routes)
+        self.process.wait_settled()
+
     @property
     def counters(self) -> Counters:
-        """Its statistics."""
-        return self.process.statistics()
+        """Its statistics as of now."""
+        self.process.ask_counters()
+        self.process.wait_settled()
+        return self.process.counters
 
     def rss_kb(self) -> int:
         """Resident memory of the process in KiB."""
@@ -100,7 +118,7 @@ def connect(hosts: Sequence["Host"], tunnels: Sequence[HostTunnel]) -> None:
     """Tell every tunnel the other hosts."""
     for tunnel in tunnels:
         tunnel.process.wait_ready()
-        tunnel.process.replace_peers(route_to(host) for host in hosts if host is not tunnel.host)
+        tunnel.replace_peers(route_to(host) for host in hosts if host is not tunnel.host)
 
 
 def container_of(host: "Host", mtu: int = MTU) -> "Container":

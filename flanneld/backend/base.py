@@ -31,8 +31,8 @@ class Network(Protocol):
         """Follow the other hosts' leases until ``stop``; runs in a thread of its own.
 
         Calls ``synced`` once, when the first set of peers is in the kernel. Raises only if it
-        cannot go on. What it has set up in the kernel stays behind. Each loop has a pulse of
-        ``heart``, in this thread and in others that it starts.
+        cannot go on. What it has set up in the kernel stays behind, a udp tunnel excepted. Each
+        loop has a pulse of ``heart``, in this thread and in others that it starts.
         """
         ...
 

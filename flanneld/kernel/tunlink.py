@@ -3,7 +3,6 @@
 import logging
 from ipaddress import IPv4Address, IPv4Network
 
-from flanneld.errors import DeviceError
 from flanneld.kernel.device import IFF_UP, add_address, addresses_of, find_link, opened_kernel
 
 log = logging.getLogger(__name__)
@@ -22,17 +21,23 @@ class TunLink:
         self._mtu = mtu
         self._settled = 0
 
-    def ensure(self, name: str) -> int:
+    def is_there(self, index: int, name: str) -> bool:
+        """Tell whether the device is still in this network namespace, and still has its name.
+
+        Raises DeviceError.
+        """
+        with opened_kernel(f"cannot look for {name}") as kernel:
+            link = find_link(kernel, name)
+            return link is not None and int(link["index"]) == index
+
+    def ensure(self, index: int, name: str) -> None:
         """Give the device its address and MTU and set it up; log what had been changed.
 
-        Returns its index. Raises DeviceError, with what stands in the way.
+        Raises DeviceError, with what stands in the way.
         """
         address, length = self._address
         with opened_kernel(f"cannot set up {name}") as kernel:
-            link = find_link(kernel, name)
-            if link is None:
-                raise DeviceError(f"cannot set up {name}: it is not there")
-            index = int(link["index"])
+            link = kernel.link("get", index=index)[0]
             again = self._settled == index
             if link.get("mtu") != self._mtu:
                 if again:
@@ -47,4 +52,3 @@ class TunLink:
                     log.warning("%s was set down: it is set up again", name)
                 kernel.link("set", index=index, state="up")
         self._settled = index
-        return index

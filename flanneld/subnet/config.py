@@ -34,7 +34,6 @@ _LATER_KEYS: dict[str, tuple[str, object, str]] = {
         ("IPv6SubnetMax", None, _IPV4_ONLY),
         ("Networks", [], "this version serves the one range in Network"),
         ("IPv6Networks", [], _IPV4_ONLY),
-        ("EnableNFTables", False, "this version chooses the firewall interface itself"),
     )
 }
 
@@ -46,7 +45,8 @@ class Config:
     ``network.prefixlen < subnet_len <= 30``; ``subnet_min <= subnet_max``, both the addresses
     of subnets of that length inside ``network``. ``backend_type`` is as written, ``backend``
     the decoded ``Backend`` object with its keys as written (empty if there was none).
-    ``ignored`` notes the keys of later versions that have no effect here.
+    ``ignored`` notes the keys of later versions that have no effect here. ``enable_nftables``:
+    masquerade rules go into nftables, not iptables.
     """
 
     network: IPv4Network
@@ -56,6 +56,7 @@ class Config:
     backend_type: str
     backend: Mapping[str, object] = field(hash=False)
     ignored: tuple[str, ...] = ()
+    enable_nftables: bool = False
 
     @property
     def backend_name(self) -> str:
@@ -77,6 +78,7 @@ class _Fields:
     subnet_min: IPv4Address = _UNSPECIFIED
     subnet_max: IPv4Address = _UNSPECIFIED
     backend: str | None = None
+    enable_nftables: bool = False
     later: dict[str, object] = field(default_factory=dict)
 
 
@@ -107,7 +109,8 @@ def parse_config(text: str) -> Config:
         )
     subnet_len = _derive_subnet_len(network, fields.subnet_len)
     low, high = _derive_range(network, subnet_len, fields)
-    return Config(network, subnet_len, low, high, backend_type, backend, ignored)
+    nft = fields.enable_nftables
+    return Config(network, subnet_len, low, high, backend_type, backend, ignored, nft)
 
 
 def parse_cidr(text: str) -> IPv4Network:
@@ -149,6 +152,9 @@ def _read_fields(text: str) -> _Fields:
                 fields.subnet_max = _address("SubnetMax", member)
             case "backend":
                 fields.backend = member.raw
+            case "enablenftables":
+                if member.value is not None:
+                    fields.enable_nftables = _enable_nftables(member)
             case folded if folded in _LATER_KEYS:
                 fields.later[folded] = member.value
     return fields
@@ -169,6 +175,15 @@ def _subnet_len(member: gojson.Member) -> int:
             f"not {gojson.shown(member.raw)}; leave it out for the default"
         )
     return value
+
+
+def _enable_nftables(member: gojson.Member) -> bool:
+    if not isinstance(member.value, bool):
+        raise ConfigError(
+            f"EnableNFTables must be true or false, not {gojson.shown(member.raw)}; "
+            "leave it out for iptables"
+        )
+    return member.value
 
 
 def _address(name: str, member: gojson.Member) -> IPv4Address:

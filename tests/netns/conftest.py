@@ -52,7 +52,7 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def _machine() -> None:
-    problem = needs.missing(needs.PACKAGES | needs.TLS_PACKAGES)
+    problem = needs.missing(needs.PACKAGES | needs.TLS_PACKAGES | needs.FIREWALL_PACKAGES)
     if problem:
         pytest.fail(problem)
     Lab.sweep_stale()

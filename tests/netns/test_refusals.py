@@ -58,7 +58,7 @@ def test_help_and_version_end_it_with_status_0(lab: Lab) -> None:
         (["--kube-subnet-mgr"], ["no Kubernetes support", "kube-subnet-mgr"]),
         (["--kube-api-url=http://10.97.0.254"], ["no Kubernetes support", "kube-api-url"]),
         (["--kubeconfig-file=/root/.kube"], ["no Kubernetes support", "kubeconfig-file"]),
-        (["--ip-masq"], ["no masquerade rules yet", "ip-masq"]),
+        (["--iptables-resync=0"], ["invalid iptables-resync: 0"]),
         (["--subnet-lease-renew-margin=1440"], ["Invalid subnet-lease-renew-margin", "1440"]),
         (["--etcd-certfile=/x"], ["etcd-certfile is given without etcd-keyfile"]),
         (["--etcd-cafile=/x"], ["cannot use the etcd CA file /x: ", "No such file"]),

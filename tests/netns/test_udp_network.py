@@ -1,8 +1,11 @@
 """The udp backend as a whole: real daemons, whose tunnels carry the containers' packets."""
 
 import errno
+import json
 import os
 import re
+import resource
+import select
 import signal
 import socket
 import time
@@ -17,6 +20,8 @@ from network import (
     MakeLab,
     Pings,
     client_of,
+    count,
+    etcd_of,
     key_of,
     leases,
     put_config,
@@ -173,18 +178,22 @@ def test_a_peer_with_the_originals_proxy_works_both_ways(make_lab: MakeLab, tmp_
 
 def test_neither_a_frozen_daemon_nor_a_frozen_etcd_stalls_the_tunnel(make_lab: MakeLab) -> None:
     lab, daemons = running(make_lab)
-    assert lab.etcd is not None
+    pids = [daemon.pid for daemon in daemons]
     with Pings(lab.hosts) as pings:
-        for daemon in daemons:
-            os.kill(daemon.pid, signal.SIGSTOP)
+        etcd_of(lab).freeze()
         pings.go_on(50)
-        for daemon in daemons:
-            os.kill(daemon.pid, signal.SIGCONT)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        pings.go_on(50)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        etcd_of(lab).thaw()
         pings.go_on(10)
 
 
 def test_a_tunnel_that_dies_is_started_again_and_the_reason_logged(make_lab: MakeLab) -> None:
     lab, (daemon, _) = running(make_lab)
+    index = the_link(lab.hosts[0], "flannel0")["ifindex"]
     for _ in range(2):
         pid = tunnel_of(daemon)
         os.kill(pid, signal.SIGKILL)
@@ -192,16 +201,63 @@ def test_a_tunnel_that_dies_is_started_again_and_the_reason_logged(make_lab: Mak
         wait_connected(lab)
     # It has not lived long the second time: the same once more is no news.
     assert problems(daemon) == ["The udp tunnel has ended (killed by SIGKILL): it is started again"]
-    assert the_link(lab.hosts[0], "flannel0")["flags"]
     # Its device was there all the time.
-    assert "was gone" not in daemon.log()
+    assert the_link(lab.hosts[0], "flannel0")["ifindex"] == index
+
+
+def test_nobody_is_told_unreachable_while_the_tunnel_is_started_again(make_lab: MakeLab) -> None:
+    """What waits for the new tunnel is forwarded by it, once it knows the peers."""
+    lab, (daemon, _) = running(make_lab)
+    one, two = (host.containers[0] for host in lab.hosts)
+    pid = tunnel_of(daemon)
+    os.kill(pid, signal.SIGSTOP)
+    client = one.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+    with closing(client):
+        client.setblocking(False)
+        client.connect_ex((str(two.address), 7))
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([], [client], [], PATIENCE)[1]
+        # Nobody listens there: the answer comes from the container itself.
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+
+
+def test_the_tunnel_gets_no_secrets_and_is_not_ended_by_itself(make_lab: MakeLab) -> None:
+    lab = make_lab(1)
+    put_config(lab, Backend={"Type": "udp"})
+    daemon = Flanneld(lab.hosts[0], environ={"FLANNELD_ETCD_PASSWORD": "s3cret"}).start()
+    daemon.wait_ready()
+    pid = tunnel_of(daemon)
+    assert b"s3cret" in Path(f"/proc/{daemon.pid}/environ").read_bytes()
+    assert b"s3cret" not in Path(f"/proc/{pid}/environ").read_bytes()
+    # A service manager that signals the whole control group.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(pid, number)
+    time.sleep(0.2)
+    assert tunnels_of(daemon) == [pid]
+    masks = re.findall(r"^SigBlk:\t(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert [int(mask, 16) for mask in masks] == [0]
+
+
+def test_without_free_descriptors_it_waits_for_some(make_lab: MakeLab) -> None:
+    lab, (daemon, _) = running(make_lab)
+    before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir(f"/proc/{daemon.pid}/fd"))
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (open_now - 3, before[1]))
+    os.kill(tunnel_of(daemon), signal.SIGKILL)
+    daemon.wait_log(r"The udp tunnel has ended \(cannot be started: Too many open files\)")
+    spent = cpu_seconds(daemon.pid)
+    time.sleep(1.5)
+    assert cpu_seconds(daemon.pid) - spent < 0.3
+    assert count(daemon, "Too many open files") == 1
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
+    wait_connected(lab)
 
 
 def test_a_tunnel_that_is_stuck_is_replaced(make_lab: MakeLab) -> None:
     lab, (daemon, _) = running(make_lab)
     pid = tunnel_of(daemon)
     os.kill(pid, signal.SIGSTOP)
-    daemon.wait_log(rf"The udp tunnel has ended \(udp tunnel \(process {pid}\): no answer\)", 30)
+    daemon.wait_log(r"The udp tunnel has ended \(it does not answer for 5 s\)", 30)
     assert not is_running(pid)
     wait_connected(lab)
 
@@ -311,6 +367,57 @@ def test_a_device_spoilt_by_hand_is_back(make_lab: MakeLab, command: str, words:
     eventually(as_before, PATIENCE, "everything to be as before")
     assert [line for line in daemon.log().splitlines() if words in line][1:] == []
     assert words in daemon.log()
+
+
+@pytest.mark.parametrize(
+    ("commands", "name"),
+    [
+        (["link set flannel0 name foo0", "link set foo0 down"], "flannel0"),
+        (["link set flannel0 name foo0", "link add flannel0 type bridge"], "flannel1"),
+        (["link set flannel0 netns {other}"], "flannel0"),
+    ],
+    ids=["renamed", "its name taken", "moved away"],
+)
+def test_a_device_that_is_not_ours_any_more_is_given_up(
+    make_lab: MakeLab, commands: list[str], name: str
+) -> None:
+    lab, (daemon, _) = running(make_lab)
+    host = lab.hosts[0]
+    index = the_link(host, "flannel0")["ifindex"]
+    host.ip(*(command.format(other=lab.underlay.name) for command in commands))
+    wait_connected(lab)
+    assert the_link(host, name)["ifindex"] != index
+    assert link(host, "foo0") is None
+    if name != "flannel0":
+        # Who took the name keeps it, and is left alone.
+        assert addresses(host, "flannel0") == []
+        assert "UP" not in the_link(host, "flannel0")["flags"]
+        assert f"flannel0 was gone: it is made anew, as {name}" in daemon.log()
+
+
+def test_a_stuck_tunnel_does_not_keep_a_deleted_device_away(make_lab: MakeLab) -> None:
+    lab, (daemon, _) = running(make_lab)
+    os.kill(tunnel_of(daemon), signal.SIGSTOP)
+    lab.hosts[0].ip("link del flannel0")
+    wait_connected(lab)
+    assert [line for line in problems(daemon) if "does not answer" in line] == []
+
+
+def test_of_two_daemons_each_keeps_its_device(make_lab: MakeLab) -> None:
+    lab, (first, _) = running(make_lab)
+    host = lab.hosts[0]
+    config = {"Network": "10.9.0.0/16", "Backend": {"Type": "udp", "Port": 9000}}
+    with client_of(lab) as client:
+        client.put("/two/config", json.dumps(config))
+    second = Flanneld(host, "--etcd-prefix=/two", f"--subnet-file={host.directory / 'two.env'}")
+    second.start().wait_ready()
+    (own,) = addresses(host, "flannel1")
+    assert first.terminate() == 0
+    host.ip("link del flannel1")
+    eventually(lambda: addresses(host, "flannel1") == [own], PATIENCE, "flannel1 to be back")
+    first.start().wait_ready()
+    wait_connected(lab)
+    assert link(host, "flannel2") is None
 
 
 def test_a_deleted_device_is_no_busy_loop(make_lab: MakeLab) -> None:

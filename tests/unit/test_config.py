@@ -235,7 +235,7 @@ def test_type_can_be_encoded_again() -> None:
         ({"IPv6SubnetLen": 64, "IPv6SubnetMin": "x", "IPv6SubnetMax": 1},
          ["IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax"]),
         ({"Networks": ["10.4.0.0/16"], "IPv6Networks": [1]}, ["Networks", "IPv6Networks"]),
-        ({"EnableNFTables": True, "Bogus": True}, ["EnableNFTables"]),
+        ({"EnableNFTables": True, "Bogus": True}, []),
     ],
 )  # fmt: skip
 def test_keys_of_later_versions_are_noted(keys: dict[str, object], noted: list[str]) -> None:
@@ -243,6 +243,26 @@ def test_keys_of_later_versions_are_noted(keys: dict[str, object], noted: list[s
     assert [note.partition(": ")[0] for note in config.ignored] == noted
     assert config.network == IPv4Network("10.3.0.0/16")
     assert (config.subnet_len, config.subnet_min) == (24, IPv4Address("10.3.1.0"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "enabled"),
+    [
+        ({}, False),
+        ({"EnableNFTables": False}, False),
+        ({"EnableNFTables": None}, False),
+        ({"EnableNFTables": True}, True),
+        ({"enablenftables": True}, True),
+    ],
+)
+def test_nftables_is_chosen_by_its_key(keys: dict[str, object], enabled: bool) -> None:
+    assert parse_config(config_text(**keys)).enable_nftables is enabled
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0, [], {}])
+def test_the_nftables_key_is_true_or_false(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^EnableNFTables must be true or false, not "):
+        parse_config(config_text(EnableNFTables=value))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flanneld.docker_opts import USAGE, main
@@ -213,6 +213,7 @@ AWKWARD = st.text(
 )
 
 
+@settings(deadline=None)
 @given(
     key=st.sampled_from(["FLANNEL_SUBNET", "FLANNEL_MTU", "FLANNEL_IPMASQ", "DOCKER_OPT_X"]),
     before=st.sampled_from(["", "10.5.72.1/24", "1450", "true"]),
@@ -239,6 +240,7 @@ def test_no_metacharacter_of_the_file_reaches_the_output(
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation + " "
 
 
+@settings(deadline=None)
 @given(st.text(PRINTABLE, max_size=15), st.text(PRINTABLE + "äñ", max_size=15))
 def test_what_the_operator_set_is_read_back_unchanged_by_a_shell(option: str, debug: str) -> None:
     with tempfile.TemporaryDirectory() as name:

@@ -10,9 +10,10 @@ import threading
 import time
 from dataclasses import dataclass
 
+from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.keeper import TunnelKeeper
 from flanneld.backend.udp.network import TunDevice, UdpNetwork
-from flanneld.backend.udp.process import Descriptors, TunnelProcess
+from flanneld.backend.udp.process import TunnelProcess
 from flanneld.backend.udp.tun import AddressInUse
 from flanneld.errors import BackendError, Stopped
 from flanneld.interface import ExternalInterface
@@ -92,20 +93,20 @@ class Udp:
             link = TunLink(lease.subnet.network_address, config.network, mtu)
             device = TunDevice(descriptors, keeper, link)
             device.ensure()
+            return UdpNetwork(
+                manager=self._manager,
+                config=config,
+                lease=lease,
+                mtu=mtu,
+                descriptors=descriptors,
+                keeper=keeper,
+                device=device,
+                former_network=self._previous.network,
+                former_subnet=self._previous.subnet,
+            )
         except BaseException:
             descriptors.close()
             raise
-        return UdpNetwork(
-            manager=self._manager,
-            config=config,
-            lease=lease,
-            mtu=mtu,
-            descriptors=descriptors,
-            keeper=keeper,
-            device=device,
-            former_network=self._previous.network,
-            former_subnet=self._previous.subnet,
-        )
 
     def _mtu(self, keys: UdpConfig) -> int:
         """Return the TUN device's MTU. Raises BackendError."""

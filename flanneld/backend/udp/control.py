@@ -16,6 +16,9 @@ from flanneld.backend.udp.peers import PeerRoute
 
 VERSION = 1
 
+# Exit statuses of the tunnel's process.
+ENDED, FAILED, TUN_LOST = 0, 1, 3
+
 # Operation, version, "more follows", number.
 _HEADER = struct.Struct("!BBBxI")
 # Subnet, prefix length, public IP.

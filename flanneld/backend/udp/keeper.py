@@ -6,14 +6,9 @@ from dataclasses import asdict
 from ipaddress import IPv4Network
 
 from flanneld.backend.udp.counters import Counters
+from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.peers import PeerRoute
-from flanneld.backend.udp.process import (
-    START_SECONDS,
-    Descriptors,
-    Exit,
-    TunnelError,
-    TunnelProcess,
-)
+from flanneld.backend.udp.process import START_SECONDS, Exit, TunnelError, TunnelProcess
 from flanneld.clock import now
 
 log = logging.getLogger(__name__)
@@ -22,10 +17,10 @@ log = logging.getLogger(__name__)
 CHECK = 5.0
 # Seconds between two log lines about dropped packets.
 DROPS_EVERY = 60.0
-# Seconds until a tunnel that ended soon after its start is started again.
-PAUSE = 0.8
 # Seconds a tunnel must have run for its end to be news, and to be started again at once.
 CALM = 10.0
+# Seconds until one that did not live that long is started again, from the third time on.
+PAUSE, AT_ONCE = 0.8, 2
 
 # What an operator should know of: somebody sends what he should not, or packets are lost.
 _TELLING = {
@@ -57,10 +52,14 @@ class TunnelKeeper:
         self._started = 0.0
         self._start_at = 0.0
         self._check_at = 0.0
+        self._early_ends = 0
         self._trouble = ""
+        self._handed_over = False
+        self._asked: Counters | None = None
+        """The counters before the ones that were asked for."""
+        self._wants_report = False
         self._told: dict[str, int] = {}
         self._told_at = -DROPS_EVERY
-        self._last = Counters()
         self.in_step = False
         """The tunnel forwards packets, and knows all the peers."""
 
@@ -71,7 +70,9 @@ class TunnelKeeper:
     def due(self) -> float | None:
         """Return the seconds until `work` has something to do; None if only an event can tell."""
         if self._process is not None:
-            return max(0.0, self._check_at - now())
+            deadline = self._process.deadline()
+            at = self._check_at if deadline is None else min(self._check_at, deadline)
+            return max(0.0, at - now())
         return None if self.lost_device else max(0.0, self._start_at - now())
 
     @property
@@ -85,7 +86,7 @@ class TunnelKeeper:
         gone = [subnet for subnet in drop if self._peers.pop(subnet, None) is not None]
         self._peers.update((route.subnet, route) for route in new)
         gone = [subnet for subnet in gone if subnet not in self._peers]
-        if self._process is None or not self.in_step:
+        if self._process is None or not self._handed_over:
             return  # it gets all of them when it is ready
         try:
             if new:
@@ -107,25 +108,25 @@ class TunnelKeeper:
             self._ended(str(error))
 
     def report(self) -> None:
-        """Log the counters."""
-        if self._process is not None and self._process.ready:
-            try:
-                self._last = self._process.statistics()
-            except TunnelError as error:
-                self._ended(str(error))
-        counters = self._last
-        log.info(
-            "udp tunnel: %s; %.1f packets per send, %.1f per receive",
-            " ".join(f"{name}={value}" for name, value in asdict(counters).items()),
-            *(counters.segments_per_send, counters.segments_per_receive),
-        )
+        """Log the counters, as soon as the tunnel has told them."""
+        if self._process is None or not self._process.ready:
+            log.info("udp tunnel: not running (%s)", self._trouble or "it is starting")
+            return
+        self._wants_report = True
+        self._ask(self._process)
 
     def stop(self) -> None:
         """End the process, for good or until the next `work`. Safe to repeat."""
-        process, self._process, self.in_step = self._process, None, False
+        self._forget()
+        self._start_at = 0.0
+
+    def _forget(self) -> TunnelProcess | None:
+        process, self._process = self._process, None
+        self.in_step = self._handed_over = self._wants_report = False
+        self._asked = None
         if process is not None:
             process.close()
-        self._start_at = 0.0
+        return process
 
     def _start(self) -> None:
         self._started = now()
@@ -135,31 +136,47 @@ class TunnelKeeper:
             self._ended(str(error))
             return
         self._check_at = now() + START_SECONDS
-        self._told, self._last = {}, Counters()
+        self._told = {}
 
     def _attend(self, process: TunnelProcess) -> None:
         process.dispatch()
         ended = process.poll()
-        if ended is Exit.TUN_LOST:
+        if ended is Exit.TUN_LOST and self._descriptors.tun_lost():
             # Its device says what happened, and the network makes it anew.
             self.stop()
         elif ended is not None:
-            self._ended(process.ending())
-        elif process.ready and not self.in_step:
-            process.replace_peers(self._peers.values())
-            self.in_step = True
-            self._check_at = now() + CHECK
-            if self._trouble:
-                log.info("The udp tunnel is running again (process %d)", process.pid)
-        elif now() >= self._check_at:
-            if not process.ready:
+            self._ended("")
+        elif not process.ready:
+            if now() >= self._check_at:
                 raise TunnelError(f"it is not ready after {START_SECONDS:.0f} s")
-            self._check(process)
+        elif not self._handed_over:
+            process.replace_peers(self._peers.values())
+            self._handed_over = True
+            self._check_at = now() + CHECK
+        else:
+            self.in_step = self.in_step or process.is_settled
+            self._take_counters(process)
+            if now() >= self._check_at:
+                self._check_at = now() + CHECK
+                self._ask(process)
+                self._notice_calm(process)
 
-    def _check(self, process: TunnelProcess) -> None:
-        self._check_at = now() + CHECK
-        self._last = process.statistics()
-        drops = {name: self._last.drops[name] for name in _TELLING}
+    def _ask(self, process: TunnelProcess) -> None:
+        if self._asked is None:
+            self._asked = process.counters
+            try:
+                process.ask_counters()
+            except TunnelError as error:
+                self._ended(str(error))
+
+    def _take_counters(self, process: TunnelProcess) -> None:
+        if self._asked is None or process.counters is self._asked:
+            return
+        self._asked = None
+        if self._wants_report:
+            self._wants_report = False
+            _log_counters(process.counters)
+        drops = {name: process.counters.drops[name] for name in _TELLING}
         news = [
             f"{number - self._told.get(name, 0)} {_TELLING[name]}"
             for name, number in drops.items()
@@ -169,13 +186,29 @@ class TunnelKeeper:
             self._told, self._told_at = drops, now()
             log.warning("The udp tunnel dropped packets: %s", ", ".join(news))
 
+    def _notice_calm(self, process: TunnelProcess) -> None:
+        if now() >= self._started + CALM:
+            self._early_ends = 0
+            if self._trouble:
+                self._trouble = ""
+                log.info("The udp tunnel runs again (process %d)", process.pid)
+
     def _ended(self, why: str) -> None:
-        """Plan a new start; log why, if that is news."""
-        process, self._process, self.in_step = self._process, None, False
-        if process is not None:
-            process.kill()
-        lived = now() - self._started
-        self._start_at = now() if lived >= CALM else now() + PAUSE
-        if why != self._trouble or lived >= CALM:
+        """Plan a new start; log why, if that is news: its own last words, if it has any."""
+        if self._process is not None:
+            why = self._process.ending() or why
+        self._forget()
+        early = now() < self._started + CALM
+        self._early_ends = self._early_ends + 1 if early else 0
+        self._start_at = now() + (PAUSE if self._early_ends > AT_ONCE else 0.0)
+        if why != self._trouble or not early:
             self._trouble = why
             log.error("The udp tunnel has ended (%s): it is started again", why)
+
+
+def _log_counters(counters: Counters) -> None:
+    log.info(
+        "udp tunnel: %s; %.1f packets per send, %.1f per receive",
+        " ".join(f"{name}={value}" for name, value in asdict(counters).items()),
+        *(counters.segments_per_send, counters.segments_per_receive),
+    )

@@ -8,9 +8,9 @@ from ipaddress import IPv4Address, IPv4Network
 
 from flanneld.backend.device import DeviceWatch, remove_former
 from flanneld.backend.feed import LeaseFeed, log_changes
+from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.keeper import TunnelKeeper
 from flanneld.backend.udp.peers import PeerRoute
-from flanneld.backend.udp.process import Descriptors
 from flanneld.errors import DeviceError
 from flanneld.heartbeat import IDLE, Heartbeat, Pulse
 from flanneld.kernel.netlink import AddressEvent, KernelEvent, LinkEvent
@@ -32,12 +32,17 @@ class TunDevice:
         self._descriptors = descriptors
         self._keeper = keeper
         self._link = link
-        self.index = 0
+        self._made_for = 0
 
     @property
     def name(self) -> str:
         """See `Device.name`."""
         return self._descriptors.tun.name
+
+    @property
+    def index(self) -> int:
+        """The index of the present device."""
+        return self._descriptors.tun.index
 
     def is_touched_by(self, event: KernelEvent) -> bool:
         """See `Device.is_touched_by`."""
@@ -46,13 +51,16 @@ class TunDevice:
         return isinstance(event, AddressEvent) and event.index == self.index
 
     def ensure(self) -> bool:
-        """See `Device.ensure`."""
-        if self._descriptors.tun_lost():
-            name = self.name
+        """See `Device.ensure`. A device that was renamed or moved away is given up for a new one:
+        its name is in people's firewall rules."""
+        tun = self._descriptors.tun
+        if self._descriptors.tun_lost() or not self._link.is_there(tun.index, tun.name):
             self._keeper.stop()
             self._descriptors.reopen_tun()
-            log.warning("%s was gone: it is made anew", name)
-        before, self.index = self.index, self._link.ensure(self.name)
+            named = "" if self.name == tun.name else f", as {self.name}"
+            log.warning("%s was gone: it is made anew%s", tun.name, named)
+        self._link.ensure(self.index, self.name)
+        before, self._made_for = self._made_for, self.index
         return self.index != before
 
 
@@ -107,6 +115,7 @@ class UdpNetwork:
         try:
             reconciler = Reconciler()
         except OSError as error:
+            self._descriptors.close()
             raise DeviceError(
                 f"cannot listen to the kernel: {error.strerror} (is AF_NETLINK allowed?)"
             ) from error

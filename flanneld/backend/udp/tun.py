@@ -69,6 +69,8 @@ class Tun:
 
     fd: int
     name: str
+    index: int
+    """In the network namespace where it was made."""
     offload: Offload
 
 
@@ -88,10 +90,13 @@ def open_tun(say: Say, pattern: str = "flannel%d", wanted: Offload = ALL) -> Tun
         request = _IFREQ.pack(pattern.encode(), _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR)
         answer = fcntl.ioctl(fd, _TUNSETIFF, request)
         name = _IFREQ.unpack(answer)[0].rstrip(b"\0").decode()
-        return Tun(fd, name, _set_offloads(fd, say, wanted))
+        return Tun(fd, name, socket.if_nametoindex(name), _set_offloads(fd, say, wanted))
     except OSError as error:
         os.close(fd)
-        raise DeviceError(f"TUN device {pattern} cannot be made: {error.strerror}") from error
+        raise DeviceError(
+            f"TUN device {pattern.replace('%d', '0')} cannot be made: {error.strerror}; is"
+            " /dev/net/tun the kernel's, and CAP_NET_ADMIN there?"
+        ) from error
 
 
 def is_lost(fd: int) -> bool:

@@ -1,31 +1,24 @@
-"""The tunnel's process: ``python -m flanneld.backend.udp.tunnel`` with inherited descriptors.
+"""What the tunnel's process does, on the descriptors it has inherited.
 
 One thread; it drains the TUN device and the socket in turn until both are empty, then waits. It
-lives as long as the daemon at the other end of the control socket. Started by `process` only.
+lives as long as the daemon at the other end of the control socket.
 """
 
 import errno
 import gc
 import os
 import select
-import signal
 import socket
 import sys
 import time
 
-# Before numpy is imported: its matrix library would start threads of its own.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
-
 from flanneld.backend.udp import control, icmp, privileges
-from flanneld.backend.udp.control import Message, Op, Settings
+from flanneld.backend.udp.control import ENDED, FAILED, TUN_LOST, Message, Op, Settings
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.peers import PeerRoute, RouteTable
 from flanneld.backend.udp.receive import Receiver
 from flanneld.backend.udp.transmit import Transmitter
 from flanneld.backend.udp.tun import Offload
-
-# Exit statuses.
-ENDED, FAILED, TUN_LOST = 0, 1, 3
 
 # Under load the control socket is looked at after so many turns, some milliseconds.
 _TURNS = 32
@@ -53,6 +46,7 @@ class Tunnel:
         self._limit = icmp.RateLimit(icmp.RATE, icmp.BURST, time.monotonic)
         # Routes of a command whose end has not come yet.
         self._parts: list[PeerRoute] = []
+        self._knows_all = False
         offload = Offload(settings.offload)
         self._transmitter = Transmitter(
             self._tun,
@@ -80,6 +74,12 @@ class Tunnel:
     def run(self) -> None:
         """Forward packets until the daemon closes its end. Raises TunLost."""
         self._send(Message(Op.READY))
+        # Until then every destination would be unreachable, and its senders be told so. The packets
+        # wait in the device's queue.
+        while not self._knows_all:
+            select.select([self._control], [], [])
+            if not self._obey():
+                return
         poll = select.poll()
         poll.register(self._tun, select.POLLIN)
         poll.register(self._udp, select.POLLIN)
@@ -192,6 +192,7 @@ class Tunnel:
                 self._routes.remove(route.subnet for route in routes)
             else:
                 self._routes.replace(routes)
+                self._knows_all = True
             self._counters.peers = len(self._routes)
         elif message.op is Op.STATISTICS:
             body = self._counters.encode()
@@ -201,9 +202,7 @@ class Tunnel:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the process; returns its exit status."""
-    # The daemon ends us in its own time, also when Ctrl-C goes to both.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Run the tunnel; returns the process's exit status."""
     settings = Settings.parse(arguments)
     os.set_blocking(settings.control, False)
     tunnel = Tunnel(settings)
@@ -221,7 +220,3 @@ def main(arguments: list[str]) -> int:
         print(f"udp tunnel: {error}", file=sys.stderr)
         return FAILED
     return ENDED
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

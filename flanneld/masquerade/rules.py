@@ -1,0 +1,381 @@
+"""Which rules this host needs, and how what is there becomes that. Pure.
+
+Two chains are ours, named as in flannel since v0.20, each reached by one jump:
+
+    nat     POSTROUTING -> FLANNEL-POSTRTG    the original's four rules, in its order
+    filter  FORWARD     -> FLANNEL-FWD        accept the network's packets
+
+A rule is a tuple of words as iptables takes and prints them. Two rules are the same if their
+options are, in whatever order: see `options`.
+"""
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Network
+
+Words = tuple[str, ...]
+Options = frozenset[Words]
+
+NAT = "nat"
+FILTER = "filter"
+MASQ_CHAIN = "FLANNEL-POSTRTG"
+FORWARD_CHAIN = "FLANNEL-FWD"
+# The comments that flannel's rules carry since v0.16.2.
+MASQ_COMMENT = "flanneld masq"
+FORWARD_COMMENT = "flanneld forward"
+
+MULTICAST = "224.0.0.0/4"
+# Kubernetes' kube-proxy sets this bit on packets that it will masquerade itself.
+KUBE_MARK = "0x4000/0x4000"
+
+# The options of a rule that every packet meets.
+_NO_CONDITION = frozenset({"-m", "--comment", "-j", "--reject-with"})
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One of our chains and the jump to it; without ``rules`` there must be neither.
+
+    ``own``: the networks of this daemon, now and formerly. Rules in the chain for a network apart
+    from them are those of a second daemon on this host; None: there is no such thing.
+    ``networks``: of these, rules that an original wrote straight into the hook must be gone.
+    ``if_blocked``: the rules are wanted only while the hook drops what no rule accepts.
+    """
+
+    table: str
+    hook: str
+    name: str
+    comment: str
+    rules: tuple[Words, ...] = ()
+    own: tuple[IPv4Network, ...] | None = None
+    networks: tuple[IPv4Network, ...] = ()
+    if_blocked: bool = False
+
+    @property
+    def jump(self) -> Words:
+        """The one rule of ours in the hook."""
+        return (*_comment(self.comment), "-j", self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The chains of both tables."""
+
+    nat: Chain
+    filter: Chain
+
+    @property
+    def chains(self) -> tuple[Chain, Chain]:
+        return self.nat, self.filter
+
+    def plain(self) -> "Rules":
+        """The same without ``--random-fully``, which iptables before 1.6.2 does not know."""
+        kept = tuple(
+            tuple(word for word in rule if word != "--random-fully") for rule in self.nat.rules
+        )
+        return replace(self, nat=replace(self.nat, rules=kept))
+
+    def forward_only(self) -> "Rules":
+        """What iptables holds while nftables masquerades: at most the forward rules.
+
+        An accept in a table of nftables cannot overrule a drop in iptables, so it has to stand
+        there; and only while there is one.
+        """
+        return Rules(replace(self.nat, rules=()), replace(self.filter, if_blocked=True))
+
+
+def wanted(
+    network: IPv4Network,
+    subnet: IPv4Network,
+    *,
+    masquerade: bool,
+    forward: bool,
+    random_fully: bool = True,
+    former_network: IPv4Network | None = None,
+) -> Rules:
+    """The rules of a host with this subnet of this network.
+
+    Traffic from container to container and from outside to our own containers keeps its
+    addresses; what leaves the network is masqueraded, but for multicast, and so is what comes
+    from outside (the hosts themselves, mostly) for another host's containers, so that the
+    answers come back here. In v0.8.0's POSTROUTING a RETURN was the end of it. In a chain of its
+    own only ACCEPT is: a RETURN would leave the packet to whatever masquerades behind us.
+
+    ``former_network``: the network of the last run, whose rules must go as well.
+    """
+    n, s = str(network), str(subnet)
+    masq = _comment(MASQ_COMMENT)
+    forw = _comment(FORWARD_COMMENT)
+    translate = ("-j", "MASQUERADE", *(("--random-fully",) if random_fully else ()))
+    nat: tuple[Words, ...] = (
+        _KUBE_RULE,
+        ("-s", n, "-d", n, *masq, "-j", "ACCEPT"),
+        ("-s", n, "!", "-d", MULTICAST, *masq, *translate),
+        ("!", "-s", n, "-d", s, *masq, "-j", "ACCEPT"),
+        ("!", "-s", n, "-d", n, *masq, *translate),
+    )
+    accept: tuple[Words, ...] = (
+        ("-s", n, *forw, "-j", "ACCEPT"),
+        ("-d", n, *forw, "-j", "ACCEPT"),
+    )
+    own = tuple(dict.fromkeys(each for each in (network, former_network) if each))
+    # Without --ip-masq such rules cannot be told from those that the operator wrote instead.
+    old = own if masquerade else ()
+    return Rules(
+        replace(_NO_NAT, rules=nat if masquerade else (), own=own, networks=old),
+        replace(_NO_FORWARD, rules=accept if forward else (), own=own, networks=old),
+    )
+
+
+def absent(networks: Iterable[IPv4Network] = ()) -> Rules:
+    """No rules at all: neither chains and jumps nor what originals left of these networks."""
+    old = tuple(dict.fromkeys(networks))
+    return Rules(replace(_NO_NAT, networks=old), replace(_NO_FORWARD, networks=old))
+
+
+def _comment(text: str) -> Words:
+    return ("-m", "comment", "--comment", text)
+
+
+_NO_NAT = Chain(NAT, "POSTROUTING", MASQ_CHAIN, MASQ_COMMENT)
+_NO_FORWARD = Chain(FILTER, "FORWARD", FORWARD_CHAIN, FORWARD_COMMENT)
+_KUBE_RULE = ("-m", "mark", "--mark", KUBE_MARK, *_comment(MASQ_COMMENT), "-j", "RETURN")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A rule that is there: its options, its words, the text that names it to ``iptables -D``."""
+
+    options: Options
+    words: Words
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is there of one chain: the hook's rules and policy, and our chain's rules if it is."""
+
+    hook: tuple[Line, ...] = ()
+    policy: str = "ACCEPT"
+    rules: tuple[Line, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What to change for one chain, in one atomic step.
+
+    ``delete``: places in the hook, from 0, as they are before the change. ``jump_at``: where the
+    jump goes once these are gone; None if the right one is there. ``rules``: the new content of
+    our chain; empty: the chain goes.
+    """
+
+    chain: Chain
+    delete: tuple[int, ...]
+    jump_at: int | None
+    at_end: bool
+    rules: tuple[Words, ...]
+
+
+def edit(chain: Chain, found: Found) -> Edit | None:
+    """What makes ``found`` be as wanted; None if it is."""
+    rules = chain.rules if not chain.if_blocked or blocks(chain, found) else ()
+    others = [line for line in found.rules or () if _is_anothers(chain, line)]
+    if others and not rules and chain.table == NAT:
+        rules = (_KUBE_RULE,)
+    mine = [line.options for line in found.rules or () if line not in others]
+    as_wanted = mine == [options(rule) for rule in rules]
+    rules = (*rules, *(line.words for line in others))
+    jumps = [place for place, line in enumerate(found.hook) if _is_jump(chain, line)]
+    right = [place for place in jumps if found.hook[place].options == options(chain.jump)]
+    stale = [place for place, line in enumerate(found.hook) if is_stale(chain, line)]
+    keep = right[:1] if rules else []
+    delete = sorted({*stale, *jumps}.difference(keep))
+    as_wanted = as_wanted and (found.rules is not None) == bool(rules)
+    if as_wanted and not delete and bool(keep) == bool(rules):
+        return None
+    left = [line for place, line in enumerate(found.hook) if place not in delete]
+    at = None if keep or not rules else _place(chain, left)
+    return Edit(chain, tuple(delete), at, at == len(left), rules)
+
+
+def blocks(chain: Chain, found: Found) -> bool:
+    """Whether a packet that no rule accepts is dropped in this hook."""
+    others = [line for line in found.hook if not _is_jump(chain, line)]
+    return found.policy == "DROP" or bool(others and _is_catch_all(others[-1]))
+
+
+def is_stale(chain: Chain, line: Line) -> bool:
+    """Whether an original wrote this rule straight into the hook, for one of the networks.
+
+    In nat: v0.8.0's four rules, and the same with what v0.11 (``--random-fully``) and v0.16.2
+    (the comment) added. In filter only with the comment: without it, it may be anybody's.
+    """
+    bare = line.options - options(_comment(chain.comment))
+    if chain.table == FILTER:
+        if bare == line.options:
+            return False
+        return any(_is_accepted(network, bare) for network in chain.networks)
+    bare -= {("--random-fully",)}
+    return any(_is_of_the_four(network, bare) for network in chain.networks)
+
+
+def _is_anothers(chain: Chain, line: Line) -> bool:
+    """Whether a second daemon on this host, with a network of its own, put this into our chain."""
+    comment = options(_comment(chain.comment))
+    if chain.own is None or not comment <= line.options:
+        return False
+    bare = line.options - comment
+    sources = [option[-1] for option in bare if option[-2:-1] in (("-s",), ("-d",))]
+    try:
+        networks = [IPv4Network(source) for source in sources if source != MULTICAST]
+    except ValueError:
+        return False
+    if any(each.overlaps(mine) for each in networks for mine in chain.own):
+        return False
+    if chain.table == FILTER:
+        return any(_is_accepted(network, bare) for network in networks)
+    # An ACCEPT of ours is a RETURN of the originals'.
+    bare = (bare - {("--random-fully",), ("-j", "ACCEPT")}) | (
+        {("-j", "RETURN")} if ("-j", "ACCEPT") in bare else set()
+    )
+    return any(_is_of_the_four(network, bare) for network in networks)
+
+
+def _is_accepted(network: IPv4Network, bare: Options) -> bool:
+    return any(bare == options((flag, str(network), "-j", "ACCEPT")) for flag in ("-s", "-d"))
+
+
+def _is_of_the_four(network: IPv4Network, bare: Options) -> bool:
+    n = str(network)
+    if bare in (
+        options(("-s", n, "-d", n, "-j", "RETURN")),
+        options(("-s", n, "!", "-d", MULTICAST, "-j", "MASQUERADE")),
+        options(("!", "-s", n, "-d", n, "-j", "MASQUERADE")),
+    ):
+        return True
+    # The third names the subnet. v0.8.0 left one behind for each subnet it ever had.
+    rest = bare - options(("!", "-s", n, "-j", "RETURN"))
+    if len(rest) != 1 or len(bare) != 3:
+        return False
+    (option,) = rest
+    if len(option) != 2 or option[0] != "-d":
+        return False
+    try:
+        subnet = IPv4Network(option[1])
+    except ValueError:
+        return False
+    return subnet != network and subnet.subnet_of(network)
+
+
+def _is_jump(chain: Chain, line: Line) -> bool:
+    return ("-j", chain.name) in line.options or ("-g", chain.name) in line.options
+
+
+def _is_catch_all(line: Line) -> bool:
+    """Whether nothing gets past this rule."""
+    targets = {option[1:] for option in line.options if option[0] == "-j"}
+    return targets in ({("DROP",)}, {("REJECT",)}) and all(
+        option[0] in _NO_CONDITION and (option[0] != "-m" or option[1:] == ("comment",))
+        for option in line.options
+    )
+
+
+def _place(chain: Chain, hook: Sequence[Line]) -> int:
+    """Where the jump goes: last, so that everybody's more particular rules come first.
+
+    But before a last rule that drops everything, as firewalld's and Red Hat's FORWARD have it:
+    behind that it would never be reached.
+    """
+    last = len(hook)
+    if chain.table == FILTER:
+        while last and _is_catch_all(hook[last - 1]):
+            last -= 1
+    return last
+
+
+def options(words: Sequence[str]) -> Options:
+    """A rule's options without their order."""
+    return frozenset(split(words))
+
+
+def split(words: Sequence[str]) -> list[Words]:
+    """A rule's options with their values, each with its ``!`` in front if it has one."""
+    found: list[Words] = []
+    negated = False
+    for word in words:
+        if word == "!":
+            negated = True
+        elif word.startswith("-") or not found or negated:
+            found.append(("!", word) if negated else (word,))
+            negated = False
+        else:
+            found[-1] = (*found[-1], word)
+    return found
+
+
+def parse_line(text: str) -> Line:
+    """A rule as iptables-save prints it, without ``-A HOOK``.
+
+    Quoted words are taken apart only where ours could be meant: a foreign comment may be anything.
+    """
+    try:
+        words = shlex.split(text) if '"' in text else text.split()
+    except ValueError:
+        return Line(frozenset({(text,)}), (text,), text)
+    return Line(options(words), tuple(words), text)
+
+
+def parse_save(text: str, rules: Rules) -> dict[str, Found]:
+    """What iptables-save says about our chains and their hooks, by table."""
+    chains = {chain.table: chain for chain in rules.chains}
+    hook: dict[str, list[Line]] = {table: [] for table in chains}
+    own: dict[str, list[Line]] = {}
+    policy = dict.fromkeys(chains, "ACCEPT")
+    chain: Chain | None = None
+    # Not splitlines, which knows more line ends than one: a foreign comment may hold them.
+    for line in text.split("\n"):
+        if line.startswith("*"):
+            chain = chains.get(line[1:].strip())
+        elif chain is None:
+            continue
+        elif line.startswith(":"):
+            name, _, rest = line[1:].partition(" ")
+            if name == chain.name:
+                own.setdefault(chain.table, [])
+            elif name == chain.hook:
+                policy[chain.table] = rest.partition(" ")[0]
+        elif line.startswith(f"-A {chain.hook} "):
+            hook[chain.table].append(parse_line(line[len(chain.hook) + 4 :]))
+        elif line.startswith(f"-A {chain.name} "):
+            rule = parse_line(line[len(chain.name) + 4 :])
+            own.setdefault(chain.table, []).append(rule)
+    return {
+        table: Found(tuple(hook[table]), policy[table], tuple(own[table]) if table in own else None)
+        for table in chains
+    }
+
+
+def render(edits: Iterable[tuple[Edit, Found]]) -> str:
+    """The input of ``iptables-restore --noflush`` that makes these changes, each table at once."""
+    lines = []
+    for change, found in edits:
+        chain = change.chain
+        lines.append(f"*{chain.table}")
+        # This makes the chain, or empties it.
+        lines.append(f":{chain.name} - [0:0]")
+        lines += [f"-D {chain.hook} {found.hook[place].text}" for place in change.delete]
+        lines += [f"-A {chain.name} {_text(rule)}" for rule in change.rules]
+        if change.jump_at is not None:
+            where = "-A" if change.at_end else "-I"
+            place = "" if change.at_end else f" {change.jump_at + 1}"
+            lines.append(f"{where} {chain.hook}{place} {_text(chain.jump)}")
+        if not change.rules:
+            lines.append(f"-X {chain.name}")
+        lines.append("COMMIT")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _text(rule: Words) -> str:
+    """A rule of ours as iptables-save prints it."""
+    return " ".join(f'"{word}"' if " " in word else word for word in rule)

@@ -1,0 +1,1 @@
+"""Tests with a real dockerd on each of two hosts. They need root."""

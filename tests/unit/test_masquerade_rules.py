@@ -1,0 +1,377 @@
+"""Which rules are wanted, and what makes the rules that are there become those."""
+
+import re
+from dataclasses import replace
+from ipaddress import IPv4Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flanneld.masquerade.nft import script
+from flanneld.masquerade.rules import (
+    Chain,
+    Found,
+    Rules,
+    absent,
+    blocks,
+    edit,
+    is_stale,
+    options,
+    parse_line,
+    parse_save,
+    render,
+    wanted,
+)
+
+N = IPv4Network("10.5.0.0/16")
+S = IPv4Network("10.5.34.0/24")
+RULES = wanted(N, S, masquerade=True, forward=True)
+
+FROM_NOTHING = """\
+*nat
+:FLANNEL-POSTRTG - [0:0]
+-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s 10.5.0.0/16 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j ACCEPT
+-A FLANNEL-POSTRTG -s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" \
+-j MASQUERADE --random-fully
+-A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.34.0/24 -m comment --comment "flanneld masq" -j ACCEPT
+-A FLANNEL-POSTRTG ! -s 10.5.0.0/16 -d 10.5.0.0/16 -m comment --comment "flanneld masq" \
+-j MASQUERADE --random-fully
+-A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+COMMIT
+*filter
+:FLANNEL-FWD - [0:0]
+-A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+-A FLANNEL-FWD -d 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+-A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+COMMIT
+"""
+
+
+def payload(rules: Rules, save: str) -> str:
+    """Return what iptables-restore is to be given when iptables-save says this."""
+    found = parse_save(save, rules)
+    edits = [(edit(chain, found[chain.table]), found[chain.table]) for chain in rules.chains]
+    return render((change, there) for change, there in edits if change is not None)
+
+
+def table(name: str, *lines: str, chains: str = "") -> str:
+    return "\n".join([f"*{name}", *chains.split("|"), *lines, "COMMIT", ""])
+
+
+def carried_out(
+    save: dict[str, dict[str, list[str]]], text: str
+) -> dict[str, dict[str, list[str]]]:
+    """Do to tables (chains of rule texts) what iptables-restore --noflush would."""
+    tables = {name: {c: [*rules] for c, rules in chains.items()} for name, chains in save.items()}
+    now: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        word, _, rest = line.partition(" ")
+        if line.startswith("*"):
+            now = tables[line[1:]]
+        elif line.startswith(":"):
+            now[word[1:]] = []
+        elif word == "-X":
+            assert now.pop(rest) == []
+        elif word != "COMMIT":
+            chain, _, rule = rest.partition(" ")
+            if word == "-A":
+                now[chain].append(rule)
+            elif word == "-D":
+                now[chain].remove(rule)
+            else:
+                assert word == "-I"
+                number, _, rule = rule.partition(" ")
+                assert int(number) <= len(now[chain]) + 1
+                now[chain].insert(int(number) - 1, rule)
+    return tables
+
+
+def as_save(tables: dict[str, dict[str, list[str]]]) -> str:
+    lines = []
+    for name, chains in tables.items():
+        lines.append(f"*{name}")
+        lines += [f":{chain} - [0:0]" for chain in chains]
+        lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
+        lines.append("COMMIT")
+    return "\n".join(lines) + "\n"
+
+
+# --- golden texts
+
+
+def test_the_text_for_iptables_restore() -> None:
+    assert payload(RULES, "") == FROM_NOTHING
+
+
+def test_what_is_right_is_not_touched() -> None:
+    assert payload(RULES, FROM_NOTHING) == ""
+
+
+def test_the_text_for_nft() -> None:
+    assert (
+        script(RULES)
+        == """\
+add table ip flannel-ipv4
+delete table ip flannel-ipv4
+table ip flannel-ipv4 {
+  chain postrtg {
+    type nat hook postrouting priority 100; policy accept;
+    meta mark and 0x4000 == 0x4000 return
+    ip saddr 10.5.0.0/16 ip daddr 10.5.0.0/16 accept
+    ip saddr 10.5.0.0/16 ip daddr != 224.0.0.0/4 masquerade fully-random
+    ip saddr != 10.5.0.0/16 ip daddr 10.5.34.0/24 accept
+    ip saddr != 10.5.0.0/16 ip daddr 10.5.0.0/16 masquerade fully-random
+  }
+}
+"""
+    )
+    assert script(absent()) == "add table ip flannel-ipv4\ndelete table ip flannel-ipv4\n"
+
+
+def test_without_random_fully() -> None:
+    plain = wanted(N, S, masquerade=True, forward=True, random_fully=False)
+    assert plain == RULES.plain()
+    assert payload(plain, "") == FROM_NOTHING.replace(" --random-fully", "")
+    assert script(plain) == script(RULES).replace(" fully-random", "")
+
+
+@pytest.mark.parametrize(
+    ("masquerade", "forward", "tables"),
+    [(True, True, ["nat", "filter"]), (True, False, ["nat"]), (False, True, ["filter"]),
+     (False, False, [])],
+)  # fmt: skip
+def test_the_flags_choose_the_chains(masquerade: bool, forward: bool, tables: list[str]) -> None:
+    rules = wanted(N, S, masquerade=masquerade, forward=forward)
+    assert re.findall(r"^\*(.*)$", payload(rules, ""), re.M) == tables
+    # What is no longer wanted goes.
+    gone = set(re.findall(r"^-X (.*)$", payload(rules, FROM_NOTHING), re.M))
+    names = {"nat": "FLANNEL-POSTRTG", "filter": "FLANNEL-FWD"}
+    assert gone == {chain for name, chain in names.items() if name not in tables}
+
+
+def test_everything_removed() -> None:
+    jump = '-m comment --comment "flanneld masq" -j FLANNEL-POSTRTG'
+    assert payload(absent(), FROM_NOTHING).splitlines()[:5] == [
+        "*nat",
+        ":FLANNEL-POSTRTG - [0:0]",
+        f"-D POSTROUTING {jump}",
+        "-X FLANNEL-POSTRTG",
+        "COMMIT",
+    ]
+    assert payload(absent(), "") == ""
+
+
+# --- what originals left
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "-s 10.5.0.0/16 -d 10.5.0.0/16 -j RETURN",
+        "-s 10.5.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE",
+        "! -s 10.5.0.0/16 -d 10.5.34.0/24 -j RETURN",
+        "! -s 10.5.0.0/16 -d 10.5.0.0/16 -j MASQUERADE",
+        # A subnet it had before.
+        "! -s 10.5.0.0/16 -d 10.5.7.0/24 -j RETURN",
+        # v0.11, v0.16.2; in another order.
+        "-s 10.5.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully",
+        '! -s 10.5.0.0/16 -d 10.5.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE',
+        '-d 10.5.0.0/16 -s 10.5.0.0/16 -m comment --comment "flanneld masq" -j RETURN',
+    ],
+)
+def test_a_rule_of_an_original_is_recognised(rule: str) -> None:
+    assert is_stale(RULES.nat, parse_line(rule))
+    former = wanted(IPv4Network("10.9.0.0/16"), S, masquerade=True, forward=True, former_network=N)
+    assert is_stale(former.nat, parse_line(rule))
+    other = wanted(IPv4Network("10.9.0.0/16"), S, masquerade=True, forward=True)
+    assert not is_stale(other.nat, parse_line(rule))
+    # Without --ip-masq it may be the operator's.
+    assert not is_stale(wanted(N, S, masquerade=False, forward=True).nat, parse_line(rule))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "-s 10.5.0.0/16 -j RETURN",
+        "-s 10.5.0.0/16 -d 10.5.0.0/16 -j ACCEPT",
+        "! -s 10.5.0.0/16 -d 10.5.0.0/16 -j RETURN",
+        "! -s 10.5.0.0/16 ! -d 10.5.34.0/24 -j RETURN",
+        "! -s 10.5.0.0/16 -d 10.6.0.0/24 -j RETURN",
+        "-s 10.5.0.0/16 -j MASQUERADE",
+        "-s 10.5.0.0/16 ! -o docker0 -j MASQUERADE",
+        "-s 10.5.0.0/16 ! -d 224.0.0.0/4 -o eth0 -j MASQUERADE",
+        "-s 10.5.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE --to-ports 1024-2048",
+        '-s 10.5.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "mine" -j MASQUERADE',
+        "! -s 10.5.0.0/16 -d 10.5.34.0/24 -p tcp -j RETURN",
+        '-m comment --comment "an unclosed \\" quote" -j ACCEPT',
+        '-m string --string "a -j FLANNEL-POSTRTG',
+    ],
+)
+def test_a_foreign_rule_is_left_alone(rule: str) -> None:
+    line = parse_line(rule)
+    assert not is_stale(RULES.nat, line)
+    save = table("nat", f"-A POSTROUTING {rule}", chains=":POSTROUTING ACCEPT [0:0]")
+    assert "-D" not in payload(RULES, save)
+
+
+def test_of_forward_rules_only_those_with_the_comment_are_recognised() -> None:
+    bare = "-s 10.5.0.0/16 -j ACCEPT"
+    assert not is_stale(RULES.filter, parse_line(bare))
+    comment = '-m comment --comment "flanneld forward"'
+    assert is_stale(RULES.filter, parse_line(f"-s 10.5.0.0/16 {comment} -j ACCEPT"))
+    assert is_stale(RULES.filter, parse_line(f"-d 10.5.0.0/16 {comment} -j ACCEPT"))
+    assert not is_stale(RULES.filter, parse_line(f"-d 10.5.0.0/16 {comment} -j DROP"))
+
+
+# --- a second daemon on the host
+
+
+def test_two_daemons_with_networks_of_their_own_share_the_chains() -> None:
+    other = wanted(
+        IPv4Network("10.9.0.0/16"), IPv4Network("10.9.7.0/24"), masquerade=True, forward=True
+    )
+    empty: dict[str, dict[str, list[str]]] = {"nat": {"POSTROUTING": []}, "filter": {"FORWARD": []}}
+    one = carried_out(empty, payload(RULES, ""))
+    both = carried_out(one, payload(other, as_save(one)))
+    assert payload(RULES, as_save(both)) == payload(other, as_save(both)) == ""
+    assert len(both["nat"]["FLANNEL-POSTRTG"]) == 1 + 4 + 4
+    assert len(both["filter"]["FLANNEL-FWD"]) == 2 + 2
+    # What is wrong of one's own is mended, and the other's stays.
+    torn = carried_out(both, "*nat\n-D FLANNEL-POSTRTG " + both["nat"]["FLANNEL-POSTRTG"][2])
+    text = payload(RULES, as_save(torn)) or payload(other, as_save(torn))
+    mended = carried_out(torn, text)
+    assert payload(RULES, as_save(mended)) == payload(other, as_save(mended)) == ""
+    # One that wants no rules any more takes its own away only, the last one the chains.
+    none = wanted(N, S, masquerade=False, forward=False)
+    left = carried_out(both, payload(none, as_save(both)))
+    assert payload(other, as_save(left)) == payload(none, as_save(left)) == ""
+    assert "10.5." not in as_save(left)
+    last = replace_networks(none, IPv4Network("10.9.0.0/16"))
+    assert carried_out(left, payload(last, as_save(left))) == empty
+    # A former network of one's own is no second daemon's, and everything can be removed.
+    moved = wanted(N, S, masquerade=True, forward=True, former_network=other.nat.networks[0])
+    assert "10.9." not in as_save(carried_out(both, payload(moved, as_save(both))))
+    assert carried_out(both, payload(absent(), as_save(both))) == empty
+
+
+def replace_networks(rules: Rules, network: IPv4Network) -> Rules:
+    return Rules(replace(rules.nat, own=(network,)), replace(rules.filter, own=(network,)))
+
+
+# --- where the jump goes
+
+
+@pytest.mark.parametrize(
+    ("forward", "place"),
+    [
+        ([], 0),
+        (["-i lo -j ACCEPT"], 1),
+        (["-i lo -j ACCEPT", "-j REJECT --reject-with icmp-host-prohibited"], 1),
+        (["-j REJECT", "-j DROP"], 0),
+        (['-m comment --comment "the end" -j DROP'], 0),
+        (["-j DROP", "-i lo -j ACCEPT"], 2),
+        (["-m conntrack --ctstate INVALID -j DROP"], 1),
+        (["-i eth0 -j REJECT"], 1),
+        (["! -i eth0 -j DROP"], 1),
+        (["-j LOG"], 1),
+        (["-j DOCKER-USER"], 1),
+        (["-m comment --comment x"], 1),
+    ],
+)
+def test_the_jump_is_last_but_before_an_end_that_drops(forward: list[str], place: int) -> None:
+    lines = tuple(map(parse_line, forward))
+    change = edit(RULES.filter, Found(lines))
+    assert change is not None
+    assert change.jump_at == place
+    assert blocks(RULES.filter, Found(lines)) is (place < len(forward))
+    assert blocks(RULES.filter, Found(lines, "DROP"))
+
+
+def test_nftables_needs_iptables_only_while_it_drops() -> None:
+    rules = RULES.forward_only()
+    assert payload(rules, "") == ""
+    dropping = table("filter", chains=":FORWARD DROP [0:0]")
+    ours = FROM_NOTHING[FROM_NOTHING.index("*filter") :]
+    assert payload(rules, dropping) == ours
+    settled = ours.replace("*filter\n", "*filter\n:FORWARD DROP [0:0]\n")
+    assert payload(rules, settled) == ""
+    assert "-X FLANNEL-FWD" in payload(rules, ours)
+    assert "-X FLANNEL-POSTRTG" in payload(rules, FROM_NOTHING)
+
+
+# --- properties
+
+FOREIGN = st.sampled_from(
+    [
+        "-s 192.168.0.0/16 -j MASQUERADE",
+        "-s 10.5.0.0/16 -j RETURN",
+        "-j KUBE-POSTROUTING",
+        "-j DROP",
+        "-j REJECT --reject-with icmp-host-prohibited",
+        '-m comment --comment "it\\\'s" -j ACCEPT',
+        "-o docker0 -j DOCKER",
+    ]
+)
+OURS = st.sampled_from(
+    [line.partition(" ")[2].partition(" ")[2] for line in FROM_NOTHING.splitlines() if "-A" in line]
+    + [
+        "-s 10.5.0.0/16 -d 10.5.0.0/16 -j RETURN",
+        "! -s 10.5.0.0/16 -d 10.5.9.0/24 -j RETURN",
+        "-s 10.5.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE",
+        "-j FLANNEL-POSTRTG",
+        "-j FLANNEL-FWD",
+        '-s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT',
+    ]
+)
+LINES = st.lists(FOREIGN | OURS, max_size=8)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> dict[str, dict[str, list[str]]]:
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, hook, chain in (
+        ("nat", "POSTROUTING", "FLANNEL-POSTRTG"),
+        ("filter", "FORWARD", "FLANNEL-FWD"),
+    ):
+        found[name] = {hook: draw(LINES), "OTHER": draw(LINES)}
+        if draw(st.booleans()):
+            found[name][chain] = draw(LINES)
+        else:  # nothing can jump to a chain that is not there
+            found[name][hook] = [rule for rule in found[name][hook] if chain not in rule]
+            found[name]["OTHER"] = [rule for rule in found[name]["OTHER"] if chain not in rule]
+    return found
+
+
+def of_ours(chain: Chain, rule: str) -> bool:
+    line = parse_line(rule)
+    return is_stale(chain, line) or ("-j", chain.name) in line.options
+
+
+@given(tables(), st.booleans(), st.booleans())
+def test_from_any_state_one_step_leads_to_the_wanted_one_and_spares_all_others(
+    before: dict[str, dict[str, list[str]]], masquerade: bool, forward: bool
+) -> None:
+    rules = wanted(N, S, masquerade=masquerade, forward=forward)
+    rules = replace(rules, nat=replace(rules.nat, networks=(N,)))
+    after = carried_out(before, payload(rules, as_save(before)))
+    assert payload(rules, as_save(after)) == ""
+    for chain in rules.chains:
+        old, new = before[chain.table], after[chain.table]
+        assert new["OTHER"] == old["OTHER"]
+        spared = [rule for rule in old[chain.hook] if not of_ours(chain, rule)]
+        assert [rule for rule in new[chain.hook] if not of_ours(chain, rule)] == spared
+        jumps = [rule for rule in new[chain.hook] if of_ours(chain, rule)]
+        assert len(jumps) == bool(chain.rules)
+        assert (chain.name in new) == bool(chain.rules)
+        if chain.rules:
+            assert [parse_line(rule).options for rule in new[chain.name]] == [
+                options(rule) for rule in chain.rules
+            ]
+
+
+@given(st.text(max_size=60))
+def test_no_text_upsets_the_parser(text: str) -> None:
+    parse_line(text)
+    parse_save(f"*nat\n{text}\n-A POSTROUTING {text}\nCOMMIT\n", RULES)
