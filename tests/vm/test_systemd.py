@@ -215,6 +215,19 @@ def test_the_rights_are_enough_for_what_other_configs_need(node: Node) -> None:
         node.run(f"{program} -t nat -F POSTROUTING")
 
 
+@pytest.mark.parametrize("kind", ["nft", "legacy"])
+def test_masquerade_and_forward_rules(node: Node, kind: str) -> None:
+    node.run("systemctl stop flanneld")
+    node.run(f"update-alternatives --set iptables /usr/sbin/iptables-{kind}")
+    node.write(SETTINGS, "FLANNELD_IP_MASQ=true")
+    since = node.time()
+    node.run("systemctl start flanneld")
+    assert "10.5.0.0/16" in node.ask(f"iptables-{kind} -t nat -S FLANNEL-POSTRTG"), node.log()
+    assert "10.5.0.0/16" in node.ask(f"iptables-{kind} -S FLANNEL-FWD")
+    assert not re.search("Failed to set up|(?i:not permitted|denied)", node.log(since=since))
+    node.run("update-alternatives --auto iptables")
+
+
 def test_what_is_not_needed_is_out_of_reach(node: Node) -> None:
     attempts = {
         "touch /etc/x": "a file of the system",
