@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+DESTDIR ?=
+PREFIX ?= /usr/local
+SYSTEM_PYTHON ?= /usr/bin/python3
+
 HOSTS ?= 3
 BACKEND ?= vxlan
 SECONDS ?= 600
@@ -12,14 +16,16 @@ SECONDS ?= 600
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
 	openssl:openssl gcc:gcc nft:nftables docker:docker.io busybox:busybox-static \
-	faketime:faketime
+	faketime:faketime systemd-analyze:systemd
+VM_PACKAGES := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap mkfs.ext4:e2fsprogs \
+	depmod:kmod
 HEADERS := libc6-dev python3-dev python3-venv
 # Debian starts a daemon when it is installed, and docker's would change this machine's firewall.
 # The tests start their own. See /usr/share/doc/init-system-helpers/README.policy-rc.d.gz.
 POLICY := /usr/sbin/policy-rc.d
 
 .PHONY: help install packages demo test lint unit netns docker chaos fuzz bench-vxlan soak-udp \
-	bench-udp clean
+	bench-udp install-system test-systemd clean
 
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
@@ -36,6 +42,8 @@ help:
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
 	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
+	@echo "make install-system  flanneld as a service of this machine, or of the tree DESTDIR= (PREFIX=$(PREFIX))"
+	@echo "make test-systemd    the service in a Debian machine of its own under qemu (root; 10 min)"
 	@echo "make clean     remove $(VENV) and everything that was built"
 
 install: $(STAMP)
@@ -106,6 +114,13 @@ test: lint
 
 bench-vxlan: $(STAMP)
 	$(BIN)/python -m bench.vxlan_throughput
+
+install-system:
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" PYTHON="$(SYSTEM_PYTHON)" systemd/install.sh
+
+test-systemd: $(STAMP)
+	@$(MAKE) --no-print-directory packages PACKAGES="$(VM_PACKAGES)"
+	$(BIN)/pytest -v tests/vm
 
 clean:
 	rm -rf $(VENV) .venv-fuzz .fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

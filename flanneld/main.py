@@ -21,6 +21,7 @@ from flanneld.errors import (
     UsageError,
 )
 from flanneld.flags import HelpRequested, Options, Parsed
+from flanneld.heartbeat import Heartbeat
 from flanneld.interface import ExternalInterface, SelectionError, look_up
 from flanneld.notify import Notifier
 from flanneld.retry import Outage
@@ -102,11 +103,12 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
         if options.healthz_port > 0:
             start_healthz(options)
         config, network = register(manager, external, previous, notifier, stop)
-        rules = keep_rules(options, config, network, previous, stop)
+        heart = Heartbeat()
+        rules = keep_rules(options, config, network, previous, stop, heart=heart)
         write_subnet_file(options, config, network)
         with kept_in_this_thread():
             docker0.start_watch(config.network, network.lease.subnet, stop)
-        keep_running(options, manager, network, notifier, stop, rules=rules)
+        keep_running(options, manager, network, notifier, stop, heart=heart, rules=rules)
     finally:
         notifier.stopping()
         stop.set()
@@ -208,6 +210,8 @@ def keep_rules(
     network: Network,
     previous: env.Previous,
     stop: threading.Event,
+    *,
+    heart: Heartbeat,
 ) -> threading.Thread:
     """Put the masquerade and forward rules in place, and keep them in a thread of their own."""
     from flanneld.masquerade import keeper
@@ -219,6 +223,7 @@ def keep_rules(
         enable_nftables=config.enable_nftables,
         former_network=previous.network,
         stop=stop,
+        heart=heart,
     )
 
 
@@ -236,6 +241,7 @@ def keep_running(
     notifier: Notifier,
     stop: threading.Event,
     *,
+    heart: Heartbeat,
     rules: threading.Thread,
 ) -> None:
     """Monitor the lease in the foreground while the backend runs in a thread.
@@ -250,14 +256,20 @@ def keep_running(
         notifier.status(f"leased {subnet}, following the other hosts")
 
     notifier.status(f"leased {subnet}, waiting for the other hosts' leases")
+    watchdog = notifier.watchdog_interval
+    loops: dict[str, Callable[[], None]] = {
+        "backend": lambda: network.run(stop, synced, heart),
+        "own lease": lambda: monitor.feed(stop, heart),
+    }
+    if watchdog is not None:
+        loops["heartbeat"] = lambda: heart.run(stop, watchdog, notifier.watchdog)
     threads = [rules]
     try:
         with kept_in_this_thread():
-            threads.append(_start("backend", lambda: network.run(stop, synced), monitor.fail))
-            threads.append(_start("own lease", lambda: monitor.feed(stop), monitor.fail))
+            threads.extend(_start(name, loop, monitor.fail) for name, loop in loops.items())
         log.info("Finished starting backend.")
         with signals.reporting(network.report):
-            monitor.run(stop)
+            monitor.run(stop, heart)
     finally:
         log.info("Stopped monitoring lease")
         stop.set()

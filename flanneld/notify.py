@@ -1,4 +1,4 @@
-"""What systemd is told (sd_notify): READY, STATUS and STOPPING."""
+"""What systemd is told (sd_notify): READY, STATUS, WATCHDOG and STOPPING."""
 
 import select
 import time
@@ -6,6 +6,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from flanneld.clock import now
+from flanneld.heartbeat import take_watchdog_interval
 
 # Seconds for a service manager that does not read.
 READY_PATIENCE = 2.0
@@ -19,8 +20,13 @@ class Notifier:
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
-        """Take NOTIFY_SOCKET out of ``environ``, so that no child process can speak for us."""
+        """Take NOTIFY_SOCKET out of ``environ``, so that no child process can speak for us.
+
+        ``watchdog_interval`` is how many seconds the service manager waits for a sign of life,
+        None if it does not.
+        """
         self._notifier: Any = None
+        self.watchdog_interval = take_watchdog_interval(environ)
         self._status = ""
         if environ.get("NOTIFY_SOCKET"):
             # Without the variable sdnotify would leave a socket open for nothing.
@@ -30,6 +36,8 @@ class Notifier:
             if self._notifier.socket is not None:
                 # Its queue holds a dozen messages; a service manager that hangs must not stop us.
                 self._notifier.socket.setblocking(False)
+        else:
+            self.watchdog_interval = None
         environ.pop("NOTIFY_SOCKET", None)
 
     def ready(self) -> None:
@@ -51,6 +59,10 @@ class Notifier:
         if line != self._status:
             self._status = line
             self._send(f"STATUS={line}")
+
+    def watchdog(self) -> None:
+        """Give the sign of life that the service manager's watchdog waits for."""
+        self._send("WATCHDOG=1")
 
     def stopping(self) -> None:
         """Say that the daemon is on its way out."""

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+from flanneld.heartbeat import Heartbeat
 from flanneld.interface import ExternalInterface
 from flanneld.subnet.config import Config
 from flanneld.subnet.env import Previous
@@ -24,11 +25,14 @@ class Network(Protocol):
         """The MTU of containers, in bytes."""
         ...
 
-    def run(self, stop: threading.Event, synced: Callable[[], None]) -> None:
+    def run(
+        self, stop: threading.Event, synced: Callable[[], None], heart: Heartbeat | None = None
+    ) -> None:
         """Follow the other hosts' leases until ``stop``; runs in a thread of its own.
 
         Calls ``synced`` once, when the first set of peers is in the kernel. Raises only if it
-        cannot go on. What it has set up in the kernel stays behind, a udp tunnel excepted.
+        cannot go on. What it has set up in the kernel stays behind, a udp tunnel excepted. Each
+        loop has a pulse of ``heart``, in this thread and in others that it starts.
         """
         ...
 

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 
+from flanneld.heartbeat import Pulse
 from flanneld.kernel.reconcile import MANY
 from flanneld.logs import verbose
 from flanneld.subnet.config import Config
@@ -27,10 +28,11 @@ class LeaseFeed:
         self._inbox: queue.SimpleQueue[Sequence[LeaseEvent] | BaseException] = queue.SimpleQueue()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def start(self, stop: threading.Event) -> None:
-        """Follow the leases until ``stop``."""
+    def start(self, stop: threading.Event, pulse: Pulse) -> None:
+        """Follow the leases until ``stop``, with this sign of life."""
         log.info("Watching for new subnet leases")
-        threading.Thread(target=self._follow, args=(stop,), name="leases", daemon=True).start()
+        work = (stop, pulse)
+        threading.Thread(target=self._follow, args=work, name="leases", daemon=True).start()
 
     def fileno(self) -> int:
         """Return the descriptor that becomes readable with every batch and every `wake`."""
@@ -55,9 +57,9 @@ class LeaseFeed:
                 raise batch
             yield batch
 
-    def _follow(self, stop: threading.Event) -> None:
+    def _follow(self, stop: threading.Event, pulse: Pulse) -> None:
         try:
-            for batch in self._manager.watch_leases(self._config, self._own, stop):
+            for batch in self._manager.watch_leases(self._config, self._own, stop, pulse):
                 self._inbox.put(batch)
                 self.wake()
         except BaseException as error:  # noqa: BLE001 - raised again in the backend's loop

@@ -5,6 +5,7 @@ the leases, and keeping the kernel in step with them, is done here for all.
 """
 
 import logging
+import math
 import select
 import threading
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Protocol
 from flanneld.backend.device import Device, DeviceWatch, remove_former
 from flanneld.backend.feed import LeaseFeed, log_changes
 from flanneld.errors import DeviceError
+from flanneld.heartbeat import IDLE, Heartbeat, Pulse
 from flanneld.kernel.reconcile import Reconciler, Territory
 from flanneld.kernel.state import Entry, Found, Route, Slot, contains
 from flanneld.retry import Sparing
@@ -97,8 +99,11 @@ class PeerNetwork:
         self._asked = True
         self._feed.wake()
 
-    def run(self, stop: threading.Event, synced: Callable[[], None]) -> None:
+    def run(
+        self, stop: threading.Event, synced: Callable[[], None], heart: Heartbeat | None = None
+    ) -> None:
         """See `Network.run`."""
+        heart = heart or Heartbeat()
         try:
             reconciler = Reconciler(neighbours=self._neighbours)
         except OSError as error:
@@ -106,13 +111,17 @@ class PeerNetwork:
                 f"cannot listen to the kernel: {error.strerror} (is AF_NETLINK allowed?)"
             ) from error
         try:
-            self._feed.start(stop)
-            self._loop(reconciler, stop, synced)
+            self._feed.start(stop, heart.pulse("leases"))
+            self._loop(reconciler, stop, synced, heart.pulse("backend"))
         finally:
             reconciler.close()
 
     def _loop(
-        self, reconciler: Reconciler, stop: threading.Event, synced: Callable[[], None]
+        self,
+        reconciler: Reconciler,
+        stop: threading.Event,
+        synced: Callable[[], None],
+        pulse: Pulse,
     ) -> None:
         poll = select.poll()
         poll.register(self._feed, select.POLLIN)
@@ -120,7 +129,9 @@ class PeerNetwork:
         complete = announced = False
         storm = 0
         while not stop.is_set():
-            ready = {fd for fd, _ in poll.poll(self._wait(reconciler, complete))}
+            pulse.beat(IDLE)
+            wait = min(self._wait(reconciler, complete), IDLE)
+            ready = {fd for fd, _ in poll.poll(wait * 1000)}
             if self._feed.fileno() in ready:
                 complete = self._take_batches(reconciler, complete)
             storm = storm + 1 if reconciler.fileno() in ready else 0
@@ -142,13 +153,12 @@ class PeerNetwork:
                 self._asked = False
                 self._say_state(reconciler)
 
-    def _wait(self, reconciler: Reconciler, complete: bool) -> float | None:
-        """Return the milliseconds until there is something to do; None: until an event."""
+    def _wait(self, reconciler: Reconciler, complete: bool) -> float:
+        """Return the seconds until there is something to do, without an event."""
         times = [self._watch.due()]
         if complete and self._may_work(reconciler):
             times.append(reconciler.due())
-        due = min((time for time in times if time is not None), default=None)
-        return None if due is None else due * 1000
+        return min((time for time in times if time is not None), default=math.inf)
 
     def _may_work(self, reconciler: Reconciler) -> bool:
         """Tell whether entries may be written: all of them, or those of a device in order."""

@@ -11,6 +11,7 @@ from ipaddress import IPv4Network
 from flanneld.clock import now
 from flanneld.errors import FlannelError
 from flanneld.flags import Options
+from flanneld.heartbeat import Heartbeat, Pulse
 from flanneld.masquerade.choose import Choice, choose
 from flanneld.masquerade.driver import MasqueradeError
 from flanneld.masquerade.rules import Rules, wanted
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 
 # Seconds the start waits for the rules, at most: the lock may be held, a command hang.
 FIRST_TIMEOUT = 10.0
+
+# Seconds one round may take: a dozen commands that all wait until they are given up.
+ROUND = 120.0
 
 
 class Keeper:
@@ -45,7 +49,7 @@ class Keeper:
         """Wait until the rules are in place, or could not be put there at once."""
         return self._tried.wait(timeout)
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: threading.Event, pulse: Pulse | None = None) -> None:
         """Until ``stop``: apply, then check every ``resync`` seconds. Never raises.
 
         If no rules are wanted, it takes away what a former run left, and ends.
@@ -57,7 +61,9 @@ class Keeper:
             recovered="Masquerade and forward rules are in place again",
         )
         idle = not any(chain.rules for chain in self._rules.chains)
+        pulse = pulse or Pulse()
         while not stop.is_set():
+            pulse.beat(self._resync + ROUND)
             try:
                 self._step()
             except FlannelError as error:
@@ -73,6 +79,7 @@ class Keeper:
                 self._tried.set()
                 outage.over()
                 if idle:
+                    pulse.end()
                     return
                 stop.wait(self._resync)
 
@@ -145,8 +152,9 @@ def keep(
     enable_nftables: bool,
     former_network: IPv4Network | None,
     stop: threading.Event,
+    heart: Heartbeat,
 ) -> threading.Thread:
-    """Start the thread that keeps this host's rules, until ``stop``.
+    """Start the thread that keeps this host's rules, until ``stop``, with a pulse of ``heart``.
 
     With ``--ip-masq`` returns when they are in place, or after the first failure: docker is to
     start with them.
@@ -160,7 +168,8 @@ def keep(
         former_network=former_network,
     )
     keeper = Keeper(rules, lambda: choose(rules, enable_nftables), options.iptables_resync)
-    thread = threading.Thread(target=keeper.run, args=(stop,), name="masquerade", daemon=True)
+    work = (stop, heart.pulse("masquerade"))
+    thread = threading.Thread(target=keeper.run, args=work, name="masquerade", daemon=True)
     with kept_in_this_thread():
         thread.start()
     if options.ip_masq:

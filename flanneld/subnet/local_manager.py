@@ -25,6 +25,7 @@ from flanneld.errors import (
     StoreError,
     StoreUnavailable,
 )
+from flanneld.heartbeat import STORE, Pulse
 from flanneld.logs import verbose
 from flanneld.retry import Outage, Sparing
 from flanneld.subnet.allocate import Create, Discard, Reuse, decide, elder
@@ -187,16 +188,22 @@ class LocalManager:
         _check_elder(lease, other)
         return lease
 
-    def watch_lease(self, lease: Lease, stop: threading.Event) -> Iterator[LeaseStatus]:
+    def watch_lease(
+        self, lease: Lease, stop: threading.Event, pulse: Pulse | None = None
+    ) -> Iterator[LeaseStatus]:
         """See `SubnetManager.watch_lease`."""
+        pulse = pulse or Pulse()
         name = subnet_key(lease.subnet)
         while not stop.is_set():
+            pulse.beat(STORE)
             try:
                 node, index = self._store.read(name)
                 self._away.over()
                 yield _status(lease, node)
                 while not stop.is_set():
-                    poll = self._store.poll(name, index, self._spread(OWN_POLL))
+                    wait = self._spread(OWN_POLL)
+                    pulse.beat(wait + STORE)
+                    poll = self._store.poll(name, index, wait)
                     if poll.event is None:
                         break  # to read again: the store may have lost the key without a word
                     yield _status(lease, poll.event.node)
@@ -210,9 +217,10 @@ class LocalManager:
                 self._watch_failed(error, stop)
 
     def watch_leases(
-        self, config: Config, own: Lease, stop: threading.Event
+        self, config: Config, own: Lease, stop: threading.Event, pulse: Pulse | None = None
     ) -> Iterator[list[LeaseEvent]]:
         """See `SubnetManager.watch_leases`."""
+        pulse = pulse or Pulse()
 
         def reject(lease: Lease) -> str | None:
             return check_peer(lease, config.network, own.subnet, own.attrs.public_ip)
@@ -221,6 +229,7 @@ class LocalManager:
         warn = Sparing(log.log)
         first = True
         while not stop.is_set():
+            pulse.beat(STORE)
             try:
                 events = tracker.snapshot(self._store.snapshot(), now())
                 self._away.over()
@@ -228,7 +237,7 @@ class LocalManager:
                 if events or first:
                     first = False
                     yield events
-                yield from self._follow(tracker, warn, stop)
+                yield from self._follow(tracker, warn, stop, pulse)
             except HistoryCleared:
                 log.warning(_HISTORY_CLEARED)
                 stop.wait(BEHIND_PAUSE)
@@ -246,7 +255,7 @@ class LocalManager:
             self._away.failed(error, stop, kind=kind)
 
     def _follow(
-        self, tracker: LeaseTracker, warn: Sparing, stop: threading.Event
+        self, tracker: LeaseTracker, warn: Sparing, stop: threading.Event, pulse: Pulse
     ) -> Iterator[list[LeaseEvent]]:
         """Poll after the tracker's index until a snapshot is the better way on."""
         idle = False
@@ -255,6 +264,7 @@ class LocalManager:
             if due is not None:
                 wait = min(wait, due + 0.01)  # a little late, so that something is due then
             began = now()
+            pulse.beat(wait + STORE)
             try:
                 poll = self._store.poll(None, tracker.index, wait)
             except HistoryCleared as error:

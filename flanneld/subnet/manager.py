@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from flanneld.heartbeat import Pulse
 from flanneld.subnet.config import Config
 from flanneld.subnet.lease import Lease, LeaseAttrs
 from flanneld.subnet.watch import LeaseEvent
@@ -64,16 +65,22 @@ class SubnetManager(Protocol):
         """
         ...
 
-    def watch_lease(self, lease: Lease, stop: threading.Event) -> Iterator[LeaseStatus]:
-        """Yield what the store says of our lease: once at the start, then at every change."""
+    def watch_lease(
+        self, lease: Lease, stop: threading.Event, pulse: Pulse | None = None
+    ) -> Iterator[LeaseStatus]:
+        """Yield what the store says of our lease: once at the start, then at every change.
+
+        ``pulse`` beats while this goes on, whether the store answers or not.
+        """
         ...
 
     def watch_leases(
-        self, config: Config, own: Lease, stop: threading.Event
+        self, config: Config, own: Lease, stop: threading.Event, pulse: Pulse | None = None
     ) -> Iterator[list[LeaseEvent]]:
         """Yield the changes of the other hosts' leases, as batches.
 
-        The first batch is everything there is, and comes even if that is nothing.
+        The first batch is everything there is, and comes even if that is nothing. ``pulse`` as
+        for `watch_lease`.
         """
         ...
 

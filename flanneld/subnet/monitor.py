@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from flanneld.clock import now
 from flanneld.errors import LeaseLost, StoreError
+from flanneld.heartbeat import STORE, Heartbeat, Pulse
 from flanneld.logs import go_duration
 from flanneld.subnet.lease import Lease
 from flanneld.subnet.manager import LeaseState, LeaseStatus, SubnetManager
@@ -56,21 +57,26 @@ class LeaseMonitor:
         """Make `run` raise ``error``: another thread of the daemon has died of it."""
         self._inbox.put(error)
 
-    def feed(self, stop: threading.Event) -> None:
+    def feed(self, stop: threading.Event, heart: Heartbeat | None = None) -> None:
         """Pass on what the store says of our lease, until ``stop``. Runs in a thread of its own."""
-        for status in self._manager.watch_lease(self._lease, stop):
+        pulse = heart.pulse("own lease") if heart else None
+        for status in self._manager.watch_lease(self._lease, stop, pulse):
             self._inbox.put(status)
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: threading.Event, heart: Heartbeat | None = None) -> None:
         """Keep the lease until ``stop``.
 
         Raises LeaseLost if another host has the subnet, and what `fail` was given.
         """
+        pulse = heart.pulse("lease monitor") if heart else Pulse()
         while not stop.is_set():
+            wait = self._wait()
+            pulse.beat(wait)
             try:
-                item = self._inbox.get(timeout=self._wait())
+                item = self._inbox.get(timeout=wait)
             except queue.Empty:
                 item = None
+            pulse.beat(STORE)
             if isinstance(item, BaseException):
                 raise item
             if item is not None:

@@ -21,6 +21,7 @@ from flanneld.backend import peers
 from flanneld.backend.hostgw import ExternalLink, HostGW
 from flanneld.backend.peers import PeerNetwork
 from flanneld.errors import DeviceError
+from flanneld.heartbeat import Pulse
 from flanneld.interface import ExternalInterface
 from flanneld.kernel import vxlan
 from flanneld.kernel.netlink import KernelEvent, LinkEvent, Overflow
@@ -190,7 +191,7 @@ class Leases:
         self.finish: Callable[[], None] = lambda: None
 
     def watch_leases(
-        self, _config: Config, own: Lease, stop: threading.Event
+        self, _config: Config, own: Lease, stop: threading.Event, _pulse: Pulse
     ) -> Iterator[Sequence[LeaseEvent]]:
         assert own is OWN
         self.wake()

@@ -12,6 +12,7 @@ from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.keeper import TunnelKeeper
 from flanneld.backend.udp.peers import PeerRoute
 from flanneld.errors import DeviceError
+from flanneld.heartbeat import IDLE, Heartbeat, Pulse
 from flanneld.kernel.netlink import AddressEvent, KernelEvent, LinkEvent
 from flanneld.kernel.reconcile import Reconciler, Territory
 from flanneld.kernel.state import Route
@@ -106,8 +107,11 @@ class UdpNetwork:
         self._asked = True
         self._feed.wake()
 
-    def run(self, stop: threading.Event, synced: Callable[[], None]) -> None:
+    def run(
+        self, stop: threading.Event, synced: Callable[[], None], heart: Heartbeat | None = None
+    ) -> None:
         """See `Network.run`. The tunnel and its device end with it."""
+        heart = heart or Heartbeat()
         try:
             reconciler = Reconciler()
         except OSError as error:
@@ -116,20 +120,25 @@ class UdpNetwork:
                 f"cannot listen to the kernel: {error.strerror} (is AF_NETLINK allowed?)"
             ) from error
         try:
-            self._feed.start(stop)
-            self._loop(reconciler, stop, synced)
+            self._feed.start(stop, heart.pulse("leases"))
+            self._loop(reconciler, stop, synced, heart.pulse("backend"))
         finally:
             self._keeper.stop()
             self._descriptors.close()
             reconciler.close()
 
     def _loop(
-        self, reconciler: Reconciler, stop: threading.Event, synced: Callable[[], None]
+        self,
+        reconciler: Reconciler,
+        stop: threading.Event,
+        synced: Callable[[], None],
+        pulse: Pulse,
     ) -> None:
         announced = False
         # What happened to the device between registration and now was heard by nobody.
         self._watch.plan()
         while not stop.is_set():
+            pulse.beat(IDLE)
             ready = self._wait(reconciler)
             if self._feed.fileno() in ready:
                 for batch in self._feed.take():
@@ -155,8 +164,8 @@ class UdpNetwork:
         times = [self._watch.due(), self._keeper.due() if self._complete else None]
         if self._placed and not self._watch.is_planned:
             times.append(reconciler.due())
-        due = min((time for time in times if time is not None), default=None)
-        return {fd for fd, _ in poll.poll(None if due is None else due * 1000 + 1)}
+        due = min((time for time in times if time is not None), default=IDLE)
+        return {fd for fd, _ in poll.poll(min(due, IDLE) * 1000 + 1)}
 
     def _apply(self, batch: Sequence[LeaseEvent]) -> None:
         """Hand the peers of a batch of events to the tunnel. Leases of all backends count."""
