@@ -57,7 +57,7 @@ def test_the_watchdog_is_fed_while_etcd_is_frozen(make_lab: MakeLab) -> None:
     etcd_of(lab).freeze()
     # Both watches have given etcd up, and try again.
     daemon.wait_log("Watch subnets: .*i/o timeout", 2 * PATIENCE)
-    daemon.wait_log("Subnet watch failed: .*i/o timeout", 2 * PATIENCE)
+    daemon.wait_log("Watch subnets: .*i/o timeout", 2 * PATIENCE)
     wait_beats(daemon, 15)
     etcd_of(lab).thaw()
     daemon.wait_log("Watch subnets is back", 2 * PATIENCE)
