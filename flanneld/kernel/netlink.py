@@ -151,6 +151,20 @@ class RequestSocket:
                 if found is not None:
                     yield found
 
+    def get(
+        self, request: bytes, wanted: int, parse: Callable[[bytes, int, int], T | None]
+    ) -> T | None:
+        """Return what ``parse`` makes of the one answer to a request, whatever its number."""
+        self._socket.send(request)
+        while True:
+            data = self._socket.recv(_RECEIVE)
+            for offset, end, kind, flags, *_ in wire.split_messages(data):
+                if kind == wanted:
+                    return parse(data, offset, end)
+                number, words = wire.parse_error(data, offset, end, flags)
+                if kind == wire.NLMSG_ERROR and number:
+                    raise OSError(number, _refusal(number, words).text)
+
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()

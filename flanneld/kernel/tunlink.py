@@ -1,9 +1,10 @@
-"""The udp backend's TUN device as a link: its address, MTU and state; through pyroute2."""
+"""The udp backend's TUN device as a link: its address, MTU and state."""
 
 import logging
 from ipaddress import IPv4Address, IPv4Network
 
-from flanneld.kernel.device import IFF_UP, add_address, addresses_of, find_link, opened_kernel
+from flanneld.errors import DeviceError
+from flanneld.kernel.device import opened_kernel
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ class TunLink:
         Raises DeviceError.
         """
         with opened_kernel(f"cannot look for {name}") as kernel:
-            link = find_link(kernel, name)
-            return link is not None and int(link["index"]) == index
+            device = kernel.device_at(index)
+            return device is not None and (device.name, device.kind) == (name, "tun")
 
     def ensure(self, index: int, name: str) -> None:
         """Give the device its address and MTU and set it up; log what had been changed.
@@ -37,17 +38,19 @@ class TunLink:
         """
         address, length = self._address
         with opened_kernel(f"cannot set up {name}") as kernel:
-            link = kernel.link("get", index=index)[0]
+            device = kernel.device_at(index)
+            if device is None:
+                raise DeviceError(f"cannot set up {name}: it is not there")
             again = self._settled == index
-            if link.get("mtu") != self._mtu:
+            if device.mtu != self._mtu:
                 if again:
-                    log.warning("MTU of %s: %d, set to %d", name, link.get("mtu"), self._mtu)
+                    log.warning("MTU of %s: %d, set to %d", name, device.mtu, self._mtu)
                 kernel.link("set", index=index, mtu=self._mtu)
-            if self._address not in addresses_of(kernel, index):
+            if self._address not in kernel.addresses_of(index):
                 if again:
                     log.warning("%s has lost its address %s: it is put back", name, address)
-                add_address(kernel, index, address, length, flags=_NO_PREFIX_ROUTE)
-            if not link["flags"] & IFF_UP:
+                kernel.add_address(index, address, length, flags=_NO_PREFIX_ROUTE)
+            if not device.up:
                 if again:
                     log.warning("%s was set down: it is set up again", name)
                 kernel.link("set", index=index, state="up")

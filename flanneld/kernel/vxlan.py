@@ -1,17 +1,14 @@
-"""The vxlan device: made, compared, mended; through pyroute2."""
+"""The vxlan device: made, compared, mended."""
 
 import errno
 import logging
 import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
-from socket import AF_INET
-from typing import Any
-
-from pyroute2.netlink.exceptions import NetlinkError
 
 from flanneld.errors import DeviceError
-from flanneld.kernel.device import IFF_UP, add_address, addresses_of, find_link, opened_kernel
+from flanneld.kernel.device import Kernel, opened_kernel
+from flanneld.kernel.hostwire import Device, Vxlan
 from flanneld.kernel.state import contains
 
 log = logging.getLogger(__name__)
@@ -62,61 +59,59 @@ class VxlanDevice:
         """Make the device, or mend what differs; it is up afterwards, and the indexes known."""
         spec = self.spec
         with opened_kernel(f"cannot set up {spec.name}") as kernel:
-            underlay = find_link(kernel, spec.underlay)
+            underlay = kernel.device(spec.underlay)
             self.has_underlay = underlay is not None
             if underlay is None:
                 raise DeviceError(f"cannot set up {spec.name}: there is no {spec.underlay}")
-            self.underlay_index = int(underlay["index"])
-            link = find_link(kernel, spec.name)
-            if link is None:
-                link = self._make(kernel)
+            self.underlay_index = underlay.index
+            device = kernel.device(spec.name)
+            if device is None:
+                device = self._make(kernel)
                 if self._settled:
                     log.warning("%s was gone: it is made anew", spec.name)
-            elif not self._fits(kernel, link):
-                kernel.link("del", index=link["index"])
-                link = self._make(kernel)
-            elif self._settled and not link["flags"] & IFF_UP:
+            elif not self._fits(kernel, device):
+                kernel.link("del", index=device.index)
+                device = self._make(kernel)
+            elif self._settled and not device.up:
                 log.warning("%s was set down: it is set up again", spec.name)
-            self._mend(kernel, link)
-            self.index = int(link["index"])
+            self._mend(kernel, device)
+            self.index = device.index
             self._settled = True
 
     def ensure_address(self, address: IPv4Address, networks: tuple[IPv4Network, ...]) -> None:
         """Give the device ``address``/32 and take its other addresses inside ``networks`` away."""
         with opened_kernel(f"cannot set the address of {self.spec.name}") as kernel:
-            found = addresses_of(kernel, self.index)
+            found = kernel.addresses_of(self.index)
             # First of all: with its last address a device loses all its routes.
             if (address, 32) not in found:
                 if self._addressed == self.index:
                     log.warning(
                         "%s has lost its address %s/32: it is put back", self.spec.name, address
                     )
-                add_address(kernel, self.index, address, 32)
+                kernel.add_address(self.index, address, 32)
             self._addressed = self.index
             for other, length in found:
                 if (other, length) == (address, 32):
                     continue
                 if any(contains(network, IPv4Network(other)) for network in networks):
-                    kernel.addr("del", index=self.index, address=str(other), prefixlen=length)
+                    kernel.remove_address(self.index, other, length)
                     log.info("Removed IP address %s/%d from %s", other, length, self.spec.name)
 
-    def _fits(self, kernel: Any, link: Any) -> bool:
+    def _fits(self, kernel: Kernel, device: Device) -> bool:
         """Tell whether the existing device can be kept; if not, say why.
 
         Raises DeviceError where no other could be made in its place: it may still be of use.
         """
         spec = self.spec
-        kind = link.get(("linkinfo", "kind"))
-        if kind != "vxlan":
+        if device.vxlan is None:
             raise DeviceError(
-                f"{spec.name} exists and is no vxlan device (but {kind or 'another kind'}), so it"
-                " is not flannel's: rename or delete it, or choose another VNI"
+                f"{spec.name} exists and is no vxlan device (but {device.kind or 'another kind'}),"
+                " so it is not flannel's: rename or delete it, or choose another VNI"
             )
-        data = link.get(("linkinfo", "data"))
-        reason = _incompatible(data, spec, self.underlay_index)
+        reason = _incompatible(device.vxlan, spec, self.underlay_index)
         if reason is None:
             if not self._settled:
-                self.mac = link.get("address")
+                self.mac = device.mac
             return True
         users = _users(kernel, spec.port)
         if users.get(spec.vni, spec.name) != spec.name:
@@ -131,7 +126,7 @@ class VxlanDevice:
         )
         return False
 
-    def _make(self, kernel: Any) -> Any:
+    def _make(self, kernel: Kernel) -> Device:
         spec = self.spec
         gbp = {"vxlan_gbp": True} if spec.gbp else {}
         try:
@@ -149,9 +144,7 @@ class VxlanDevice:
                 vxlan_learning=int(spec.learning),
                 **gbp,
             )
-        except NetlinkError as error:
-            if error.code != errno.EEXIST:
-                raise
+        except FileExistsError as error:
             user = _users(kernel, spec.port).get(spec.vni)
             if user is not None:
                 raise DeviceError(_used_by(user, spec)) from error
@@ -159,36 +152,36 @@ class VxlanDevice:
                 f"cannot make {spec.name}: something with that name or VNI {spec.vni} exists"
             ) from error
         _set_sysctl(f"net/ipv6/conf/{spec.name}/accept_ra", "0")
-        link = find_link(kernel, spec.name)
-        if link is None:
+        device = kernel.device(spec.name)
+        if device is None:
             raise DeviceError(f"{spec.name} vanished as soon as it was made")
-        return link
+        return device
 
-    def _mend(self, kernel: Any, link: Any) -> None:
-        spec, index = self.spec, link["index"]
-        if link.get("address") != self.mac:
+    def _mend(self, kernel: Kernel, device: Device) -> None:
+        spec, index = self.spec, device.index
+        if device.mac != self.mac:
             log.warning(
                 "%s has got another MAC, %s: ours, %s, is put back",
-                *(spec.name, link.get("address"), self.mac),
+                *(spec.name, device.mac, self.mac),
             )
             kernel.link("set", index=index, address=self.mac)
-        if link.get("mtu") != spec.mtu:
-            self._set_mtu(kernel, index, link.get("mtu"))
-        if not link["flags"] & IFF_UP:
+        if device.mtu != spec.mtu:
+            self._set_mtu(kernel, index, device.mtu)
+        if not device.up:
             try:
                 kernel.link("set", index=index, state="up")
-            except NetlinkError as error:
-                if error.code != errno.EADDRINUSE:
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
                     raise
                 raise DeviceError(_port_in_use(spec)) from error
 
-    def _set_mtu(self, kernel: Any, index: int, present: int) -> None:
+    def _set_mtu(self, kernel: Kernel, index: int, present: int) -> None:
         """Set the MTU; where the external interface's has shrunk meanwhile, keep the present."""
         spec = self.spec
         try:
             kernel.link("set", index=index, mtu=spec.mtu)
-        except NetlinkError as error:
-            if error.code != errno.EINVAL:
+        except OSError as error:
+            if error.errno != errno.EINVAL:
                 raise
             if self._refused_mtu != present:
                 self._refused_mtu = present
@@ -207,62 +200,57 @@ def remove_former(address: IPv4Address, keep: str) -> None:
     It is recognised by flannel's name and by the former subnet's ``address``.
     """
     with opened_kernel("cannot look for former vxlan devices") as kernel:
-        for message in kernel.get_addr(family=AF_INET):
-            if (message.get("local"), message["prefixlen"]) != (str(address), 32):
+        for found in kernel.addresses():
+            if (found.ip, found.prefixlen) != (address, 32):
                 continue
-            links = kernel.get_links(message["index"])
-            name = str(links[0].get("ifname")) if links else ""
-            vxlan = bool(links) and links[0].get(("linkinfo", "kind")) == "vxlan"
-            if vxlan and name.startswith("flannel.") and name != keep:
-                kernel.link("del", index=message["index"])
-                log.info("Removed %s, the device of a former run", name)
+            device = kernel.device_at(found.index)
+            if device is None or device.vxlan is None or device.name == keep:
+                continue
+            if device.name.startswith("flannel."):
+                kernel.link("del", index=device.index)
+                log.info("Removed %s, the device of a former run", device.name)
 
 
 def remove_device(name: str) -> None:
     """Remove a device with everything on it. Raises DeviceError."""
     with opened_kernel(f"cannot remove {name}") as kernel:
-        link = find_link(kernel, name)
-        if link is not None:
-            kernel.link("del", index=link["index"])
+        device = kernel.device(name)
+        if device is not None:
+            kernel.link("del", index=device.index)
 
 
 def connected_networks(name: str) -> tuple[IPv4Network, ...]:
     """Return the networks to which the addresses of a device belong. Raises DeviceError."""
     with opened_kernel(f"cannot read the addresses of {name}") as kernel:
-        link = find_link(kernel, name)
-        if link is None:
+        device = kernel.device(name)
+        if device is None:
             raise DeviceError(f"there is no {name}")
-        return tuple(
-            IPv4Network((message.get("address"), message["prefixlen"]), strict=False)
-            for message in kernel.get_addr(index=link["index"], family=AF_INET)
-        )
+        return tuple(kernel.networks_of(device.index))
 
 
-def _incompatible(data: Any, spec: VxlanSpec, underlay: int) -> str | None:
+def _incompatible(found: Vxlan, spec: VxlanSpec, underlay: int) -> str | None:
     """Name the first attribute in which the device differs, in the original's words and order."""
-    group = data.get("vxlan_group") or data.get("vxlan_group6")
     for name, present, wanted in (
-        ("vni", data.get("vxlan_id"), spec.vni),
-        ("vtep (external) interface", data.get("vxlan_link") or 0, underlay),
-        ("vtep (external) IP", data.get("vxlan_local"), str(spec.local)),
-        ("group address", group, None),
-        ("learning", bool(data.get("vxlan_learning")), spec.learning),
-        ("port", data.get("vxlan_port"), spec.port),
-        ("gbp", bool(data.get("vxlan_gbp")), spec.gbp),
+        ("vni", found.vni, spec.vni),
+        ("vtep (external) interface", found.underlay, underlay),
+        ("vtep (external) IP", found.local, spec.local),
+        ("group address", found.group, None),
+        ("learning", found.learning, spec.learning),
+        ("port", found.port, spec.port),
+        ("gbp", found.gbp, spec.gbp),
     ):
         if present != wanted:
             return f"{name}: {present} vs {wanted}"
     return None
 
 
-def _users(kernel: Any, port: int) -> dict[int, str]:
+def _users(kernel: Kernel, port: int) -> dict[int, str]:
     """Return the names of the vxlan devices that use a UDP port, by VNI."""
-    found = {}
-    for link in kernel.get_links():
-        data = link.get(("linkinfo", "data"))
-        if link.get(("linkinfo", "kind")) == "vxlan" and data and data.get("vxlan_port") == port:
-            found[int(data.get("vxlan_id"))] = str(link.get("ifname"))
-    return found
+    return {
+        device.vxlan.vni: device.name
+        for device in kernel.devices()
+        if device.vxlan is not None and device.vxlan.port == port
+    }
 
 
 def _used_by(user: str, spec: VxlanSpec) -> str:
