@@ -56,7 +56,6 @@ class WallClock:
             "-m",
             "flanneld",
         )
-        # Under libfaketime a process cannot be waited for with a time limit.
         rules = "--iptables-forward-rules=false"
         self.daemon = Flanneld(host, MARGIN_FLAG, rules, program=program).start()
 
@@ -114,6 +113,8 @@ def test_a_wall_clock_that_jumps_a_day_changes_nothing(make_lab: MakeLab) -> Non
         assert monitor.deleted() == []
         # What was done by hand is all that is worth a word; its clock did jump.
         warnings = re.findall(r"^[WE].*", daemon.log(), re.M)
+        # Under libfaketime no command can be waited for with a time limit.
+        warnings = [line for line in warnings if "cannot be run: Invalid argument" not in line]
         assert len([line for line in warnings if "was rewritten by somebody else" in line]) == 2
         assert len(warnings) == 2
         assert len(set(re.findall(r"^I(\d{4}) .*Lease renewed", daemon.log(), re.M))) == 2
