@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 from flanneld.errors import DeviceError, FlannelError
@@ -17,6 +17,7 @@ from flanneld.kernel.link import read_host_facts
 from flanneld.kernel.netlink import EntrySocket
 from flanneld.kernel.reconcile import MANY
 from flanneld.kernel.state import PROTOCOL
+from flanneld.lock import InUse, lock_file, take
 from flanneld.masquerade.choose import remove_all
 from flanneld.masquerade.rules import absent
 from flanneld.subnet import env
@@ -24,22 +25,30 @@ from flanneld.subnet import env
 # Seconds until it is looked whether a running daemon has put everything back.
 LOOK_AGAIN = 1.0
 
+_STOP_FIRST = "stop it first (systemctl stop flanneld), then clean up"
+
 _DEVICE = re.compile(r"flannel\.\d+")
 
 
 def clean_up(options: Options, out: Callable[[str], object] = print) -> int:
     """Remove rules, routes, devices and the subnet file; return the exit status.
 
-    What cannot be removed does not keep the rest. Status 1 if something is left.
+    What cannot be removed does not keep the rest. Status 1 if something is left, or if a daemon
+    runs: then nothing is removed.
     """
-    former = env.read_previous(options.subnet_file).network
-    steps: tuple[Callable[[], Iterator[str]], ...] = (
-        lambda: iter(remove_all(absent([former] if former else []))),
-        _remove_routes,
-        _remove_devices,
-        lambda: _remove_file(Path(options.subnet_file)),
-    )
-    failed = removed = False
+    path = Path(options.subnet_file)
+    lock: int | None = None
+    try:
+        lock = take(path)
+    except InUse as error:
+        _complain(f"flanneld runs on this host (process {error.pid}): {_STOP_FIRST}")
+        return 1
+    except OSError:
+        pass  # no such directory, or one that is read-only: no daemon runs with this file
+    former = env.read_previous(path).network
+    rules = absent([former] if former else [])
+    removed = failed = False
+    steps = [lambda: iter(remove_all(rules)), _remove_routes, _remove_devices]
     for step in steps:
         try:
             for what in step():
@@ -47,12 +56,21 @@ def clean_up(options: Options, out: Callable[[str], object] = print) -> int:
                 out(f"removed {what}")
         except (FlannelError, OSError) as error:
             failed = True
-            sys.stderr.write(f"flanneld --cleanup: {error}\n")
-    if not removed and not failed:
-        out("nothing of flanneld's was found on this host")
+            _complain(str(error))
+    if failed:
+        # It says which network's rules are to go: another try needs that.
+        _complain(f"{path} is kept, since not everything could be removed: try again")
+    else:
+        removed |= _remove_file(path, out)
+        if lock is not None:
+            lock_file(path).unlink(missing_ok=True)
+    if lock is not None:
+        os.close(lock)
     if removed and not failed:
         time.sleep(LOOK_AGAIN)
         failed = _is_back()
+    elif not failed:
+        out("nothing of flanneld's was found on this host")
     return 1 if failed else 0
 
 
@@ -84,20 +102,27 @@ def _our_devices() -> list[str]:
     ]
 
 
-def _remove_file(path: Path) -> Iterator[str]:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-        yield f"file {path}"
+def _remove_file(path: Path, out: Callable[[str], object]) -> bool:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    out(f"removed file {path}")
+    return True
 
 
 def _is_back() -> bool:
-    """Whether something has come back, which only a running daemon does; says so."""
+    """Whether something has come back, which only a running daemon does; says so.
+
+    One of another subnet file, or the original, holds no lock that we know of.
+    """
     with closing(EntrySocket()) as kernel:
         back = bool(kernel.routes(PROTOCOL))
     if not back and not _our_devices():
         return False
-    sys.stderr.write(
-        "flanneld --cleanup: a flanneld is running on this host and puts everything back: stop it"
-        " first (systemctl stop flanneld), then clean up again\n"
-    )
+    _complain(f"a flanneld runs on this host, and puts everything back: {_STOP_FIRST}")
     return True
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"flanneld --cleanup: {text}\n")

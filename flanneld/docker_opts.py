@@ -22,7 +22,7 @@ from flanneld.subnet.env import read_text, replace
 from flanneld.subnet.gojson import shown
 
 USAGE = """\
-usage: mk-docker-opts [-f FILE] [-d FILE] [-i] [-c] [-k KEY] [-m]
+usage: mk-docker-opts [-f FILE] [-d FILE] [-i] [-c] [-k KEY] [-m] [-s]
 
 Writes docker's options for the subnet that flanneld leased.
 
@@ -32,6 +32,7 @@ Writes docker's options for the subnet that flanneld leased.
   -c        one variable with all options; without -i and -c: both
   -k KEY    the name of that one variable; default DOCKER_OPTS
   -m        leave --ip-masq out
+  -s        a subnet file that is missing or names no subnet is an error
 Statuses: 0 written; 1 wrong usage or subnet file; 2 cannot write.
 """
 
@@ -67,6 +68,8 @@ class Request:
     combined: bool = True
     key: str = "DOCKER_OPTS"
     ip_masq: bool = True
+    strict: bool = False
+    """A subnet file that is missing or names no subnet is an error."""
 
 
 def console() -> NoReturn:
@@ -82,6 +85,11 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if "FLANNEL_SUBNET" not in assigned and _same_file(request.subnet_file, request.output):
             # The options were written over the subnet file: they are all that is left of it.
             return 0
+        if request.strict and "FLANNEL_SUBNET" not in assigned:
+            raise SubnetFileError(
+                f"mk-docker-opts: {shown(request.subnet_file)} is missing or has no FLANNEL_SUBNET:"
+                " start flanneld, or name the file of its --subnet-file with -f"
+            )
         text = render(request, assigned, environ)
     except UsageError as error:
         sys.stderr.write(f"{error}\n{USAGE}" if str(error) else USAGE)
@@ -104,7 +112,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 def parse(argv: Sequence[str]) -> Request:
     """Read the command line as the shell's getopts does. Raises UsageError."""
     try:
-        options, _ = getopt.getopt(list(argv), "f:d:ick:mh?")
+        options, _ = getopt.getopt(list(argv), "f:d:ick:msh?")
     except getopt.GetoptError as error:
         known = error.opt in ("f", "d", "k")
         raise UsageError(
@@ -127,6 +135,7 @@ def parse(argv: Sequence[str]) -> Request:
         combined="-c" in given or not either,
         key=key,
         ip_masq="-m" not in given,
+        strict="-s" in given,
     )
 
 

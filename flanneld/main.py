@@ -1,10 +1,11 @@
 """The daemon from start to end: read `run` from top to bottom."""
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from flanneld import __version__, docker0, flags, logs, signals
 from flanneld.backend.base import Network
@@ -23,6 +24,7 @@ from flanneld.errors import (
 from flanneld.flags import HelpRequested, Options, Parsed
 from flanneld.heartbeat import Heartbeat
 from flanneld.interface import ExternalInterface, SelectionError, look_up
+from flanneld.lock import InUse, take
 from flanneld.notify import Notifier
 from flanneld.retry import Outage
 from flanneld.signals import Terminated, kept_in_this_thread
@@ -103,6 +105,7 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
         if options.healthz_port > 0:
             start_healthz(options)
         config, network = register(manager, external, previous, notifier, stop)
+        hold_lock(options)
         heart = Heartbeat()
         rules = keep_rules(options, config, network, previous, stop, heart=heart)
         write_subnet_file(options, config, network)
@@ -114,6 +117,20 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
         stop.set()
         manager.close()
         log.info("Exiting...")
+
+
+def hold_lock(options: Options) -> None:
+    """Show for as long as this process lives that the subnet file is its own."""
+    with suppress(OSError):  # who cannot make it will not be able to write the subnet file either
+        os.makedirs(os.path.dirname(options.subnet_file) or ".", mode=0o755, exist_ok=True)
+        try:
+            take(options.subnet_file)
+        except InUse as error:
+            log.warning(
+                "Another flanneld (process %s) uses %s, too: end one of the two, or give each its"
+                " own --subnet-file and --etcd-prefix",
+                *(error.pid, options.subnet_file),
+            )
 
 
 def register(

@@ -15,6 +15,10 @@ log = logging.getLogger(__name__)
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 REPORT = signal.SIGUSR1
+# Has no meaning; it interrupts what the main thread waits in.
+NUDGE = signal.SIGUSR2
+# Seconds between two of them, while it has not reacted.
+NUDGE_PAUSE = 0.05
 
 # Seconds from the signal to the end of the process, whatever the main thread is blocked in.
 LIMIT = 1.5
@@ -53,9 +57,9 @@ def install(last_words: Callable[[], None]) -> None:
         ).start()
     for number in ENDING:
         signal.signal(number, handle)
-    # As the original: these do not end a daemon that nobody taught to react to them.
-    for number in (REPORT, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    # As with the original, these do not end a daemon that nobody taught to react to them.
+    signal.signal(REPORT, signal.SIG_IGN)
+    signal.signal(NUDGE, lambda _number, _frame: None)
 
 
 @contextmanager
@@ -69,11 +73,25 @@ def reporting(report: Callable[[], None]) -> Iterator[None]:
 
 
 def _guard(read_end: int, last_words: Callable[[], None]) -> None:
-    while not any(number in ENDING for number in os.read(read_end, 64)):
-        pass
-    time.sleep(LIMIT)
+    ending = False
+    while not ending:
+        numbers = os.read(read_end, 64)
+        ending = any(number in ENDING for number in numbers)
+        if REPORT in numbers:
+            _nudge()
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        time.sleep(NUDGE_PAUSE)
+        _nudge()
     last_words()
     os._exit(0)
+
+
+def _nudge() -> None:
+    """Wake the main thread: a signal that came just before it began to wait does not."""
+    ident = threading.main_thread().ident
+    if ident is not None:
+        signal.pthread_kill(ident, NUDGE)
 
 
 @contextmanager

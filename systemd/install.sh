@@ -8,10 +8,13 @@
 # Everything is built beside the installed tree first and then put in its place by a rename, so that
 # a build that fails changes nothing. Settings in /etc/default/flanneld are never overwritten.
 set -eu
+umask 022
+export LC_ALL=C
 cd "$(dirname "$0")/.."
 
 DESTDIR=${DESTDIR-}
 PREFIX=${PREFIX:-/usr/local}
+PREFIX=${PREFIX%/}
 PYTHON=${PYTHON:-/usr/bin/python3}
 
 fail() {
@@ -49,7 +52,8 @@ echo "building $home"
 # An upgrade builds anew; and python-iptables starts slower where setuptools is.
 "$new/bin/python" -m pip uninstall --quiet --yes setuptools pip
 # The scripts' first lines, and what tells where the environment is.
-grep -rlIF "$new" "$new/bin" "$new/pyvenv.cfg" | xargs sed -i "s|$new|$home|g"
+pattern=$(printf %s "$new" | sed 's/[.]/[.]/g')
+grep -rlIF "$new" "$new/bin" "$new/pyvenv.cfg" | xargs sed -i "s|$pattern|$home|g"
 # A start without bytecode takes four times as long.
 "$new/bin/python" -m compileall -q -s "$new" -p "$home" "$new/lib"
 
@@ -61,7 +65,10 @@ install_unit() { # SOURCE TARGET
 }
 
 [ ! -e "$DESTDIR$home" ] || mv "$DESTDIR$home" "$old"
-mv "$new" "$DESTDIR$home"
+mv "$new" "$DESTDIR$home" || {
+	[ ! -e "$old" ] || mv "$old" "$DESTDIR$home"
+	fail "$DESTDIR$home cannot be put in place; the former one is back"
+}
 rm -rf "$old"
 for command in flanneld mk-docker-opts; do
 	[ -x "$DESTDIR$home/bin/$command" ] || fail "$command was not installed"

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from network import PATIENCE, MakeLab, put_config, start
 
-from lab import Host, Lab
+from lab import Flanneld, Host, Lab
 from lab.daemon import FLANNELD
 from lab.wait import eventually
 
@@ -75,16 +75,68 @@ def test_all_of_ours_goes_and_nothing_else(make_lab: MakeLab, backend: str) -> N
     assert daemon.subnet() == subnet
 
 
-@pytest.mark.parametrize("backend", ["vxlan", "host-gw"])
-def test_a_running_daemon_is_noticed(make_lab: MakeLab, backend: str) -> None:
-    lab = make_lab(2)
+@pytest.mark.parametrize("backend", ["vxlan", "host-gw", "udp"])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_while_a_daemon_runs_nothing_is_removed(
+    make_lab: MakeLab, backend: str, hosts: int
+) -> None:
+    lab = make_lab(hosts)
     put_config(lab, Backend={"Type": backend})
-    daemons = start(*lab.hosts)
-    done = clean(lab.hosts[0])
+    (daemon, *_) = start(*lab.hosts, extra=("--ip-masq",))
+    host = lab.hosts[0]
+    before = state(host)
+    done = clean(host)
     assert done.returncode == 1
-    assert "a flanneld is running on this host" in done.stderr
+    assert done.stdout == ""
+    assert f"flanneld runs on this host (process {daemon.pid}): stop it first" in done.stderr
+    assert state(host) == before
+    daemon.kill9()
+    assert clean(host).returncode == 0
+
+
+def test_a_daemon_with_another_subnet_file_is_noticed(make_lab: MakeLab) -> None:
+    lab = make_lab(2)
+    put_config(lab)
+    start(*lab.hosts)
+    host = lab.hosts[0]
+    done = host.run([*FLANNELD, "--cleanup", f"--subnet-file={host.directory}/x.env"], check=False)
+    assert done.returncode == 1
+    assert "a flanneld runs on this host, and puts everything back" in done.stderr
     eventually(lambda: connected(lab), PATIENCE, "everything to be back")
-    assert all(daemon.is_running for daemon in daemons)
+
+
+def test_what_could_not_be_removed_is_found_by_the_next_try(make_lab: MakeLab) -> None:
+    """Only the subnet file says whose rules the original's were."""
+    lab = make_lab(1)
+    put_config(lab)
+    (daemon,) = start(*lab.hosts)
+    daemon.terminate()
+    host = lab.hosts[0]
+    old = ["iptables", "-t", "nat", "-A", "POSTROUTING", "-s", "10.5.0.0/16"]
+    host.run([*old, "!", "-d", "224.0.0.0/4", "-j", "MASQUERADE"])
+    broken = host.directory / "bin"
+    broken.mkdir()
+    for name in ("iptables", "iptables-save", "iptables-restore"):
+        (broken / name).write_text(
+            '#!/bin/sh\n[ "$1" = --version ] && exec echo "iptables v1.8.9 (nf_tables)"\nexit 4\n'
+        )
+        (broken / name).chmod(0o755)
+    program = ["env", f"PATH={broken}:/usr/bin:/bin", *FLANNELD]
+    done = host.run([*program, "--cleanup", f"--subnet-file={host.subnet_file}"], check=False)
+    assert done.returncode == 1
+    assert "is kept, since not everything could be removed" in done.stderr
+    assert host.subnet_file.exists()
+    assert clean(host).returncode == 0
+    assert "MASQUERADE" not in host.run(["iptables-save", "-t", "nat"]).stdout
+    assert not host.subnet_file.exists()
+
+
+def test_a_second_daemon_with_the_same_subnet_file_is_said(make_lab: MakeLab) -> None:
+    lab = make_lab(1)
+    put_config(lab)
+    (daemon,) = start(*lab.hosts)
+    second = Flanneld(lab.hosts[0]).start()
+    second.wait_log(rf"Another flanneld \(process {daemon.pid}\) uses .*subnet.env, too: end one")
 
 
 def connected(lab: Lab) -> bool:

@@ -283,6 +283,23 @@ def test_a_variable_that_no_shell_could_have_is_left_out(directory: Path) -> Non
     assert (directory / "docker.env").read_text() == 'DOCKER_OPTS=""\n'
 
 
+@pytest.mark.parametrize("text", [None, "", "FLANNEL_MTU=1450\n"])
+def test_strictly_a_file_without_a_subnet_is_an_error(
+    directory: Path, capsys: pytest.CaptureFixture[str], text: str | None
+) -> None:
+    """docker with a bridge of its own choice is worse than none."""
+    source, output = directory / "subnet.env", directory / "out"
+    if text is not None:
+        source.write_text(text)
+    arguments = ["-s", "-f", str(source), "-d", str(output)]
+    assert main(arguments, {}) == 1
+    assert "has no FLANNEL_SUBNET: start flanneld" in capsys.readouterr().err
+    assert not output.exists()
+    source.write_text("FLANNEL_SUBNET=10.5.72.1/24\n")
+    assert main(arguments, {}) == 0
+    assert "--bip=10.5.72.1/24" in output.read_text()
+
+
 def test_the_output_file_is_replaced_whole_and_only_when_it_changes(directory: Path) -> None:
     source, output = directory / "subnet.env", directory / "docker.env"
     source.write_text(USUAL)

@@ -16,7 +16,7 @@ PATIENCE = 30
 
 # Says "ready" when it may be signalled. What comes after is the test's.
 PREAMBLE = """
-import os, signal, sys, threading, time
+import ctypes, os, signal, sys, threading, time
 from flanneld import signals
 
 def say(text):
@@ -82,6 +82,26 @@ def test_other_signals_do_not_end_it() -> None:
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert finish(process)[:2] == (0, "last words\n")
+
+
+def test_a_signal_just_before_the_main_thread_waits_ends_it_at_once() -> None:
+    """Python notes it between two steps, and the wait that follows knows nothing of it."""
+    program = """
+def signalled():
+    time.sleep(0.3)
+    # What the interpreter's own handler does in that moment: nothing interrupts the wait.
+    ctypes.pythonapi.PyErr_SetInterruptEx(15)
+threading.Thread(target=signalled, daemon=True).start()
+say("ready")
+try:
+    threading.Event().wait()
+except signals.Terminated:
+    say("terminated")
+"""
+    with child(program) as process:
+        status, output, seconds = finish(process)
+    assert (status, output) == (0, "terminated\n")
+    assert seconds < LIMIT
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

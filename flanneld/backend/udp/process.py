@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 START_SECONDS = 30.0
 # The tunnel looks at its control socket after some milliseconds even under full load.
 ANSWER_SECONDS = 5.0
+# A process that was killed is gone at once, if it may be killed.
+END_SECONDS = 1.0
 
 _TOP = Path(__file__).resolve().parents[3]
 # Of the environment only what Python and its libraries need: the daemon's has the store's password.
@@ -197,8 +199,12 @@ class TunnelProcess:
         self._closed = True
         self._control.close()
         os.close(self._words)
-        self._process.kill()
-        self._process.wait()
+        try:
+            self._process.kill()
+            self._process.wait(END_SECONDS)
+        except (PermissionError, subprocess.TimeoutExpired) as error:
+            # It is another user's: that takes CAP_KILL, unless it ends with its end of the socket.
+            log.error("The udp tunnel (process %d) cannot be ended: %s", self.pid, error)
 
     def _next(self) -> int:
         self._number = (self._number + 1) & 0xFFFFFFFF

@@ -151,7 +151,12 @@ def open_socket(
                 f"UDP {address}:{port} is in use: is another flanneld running on this host? End"
                 " it, or set another Port in the network config, the same for all hosts"
             ) from error
-        raise DeviceError(f"UDP {address}:{port} cannot be bound: {error.strerror}") from error
+        more = (
+            " (a port below 1024 takes CAP_NET_BIND_SERVICE)" if error.errno == errno.EACCES else ""
+        )
+        raise DeviceError(
+            f"UDP {address}:{port} cannot be bound: {error.strerror}{more}"
+        ) from error
     for force, plain in (
         (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
         (_SO_SNDBUFFORCE, socket.SO_SNDBUF),
