@@ -22,7 +22,7 @@ from overlay import entries
 from flanneld.kernel.reconcile import SPARE
 from lab import Flanneld, Host, eventually
 
-from .fleet import Fleet
+from .fleet import Fleet, value_of_peer
 
 WAYS = ["emptied", "restored from a backup"]
 
@@ -36,15 +36,10 @@ def subnet_of(number: int) -> str:
 
 def put_peer(fleet: Fleet, number: int, host: int = 0) -> None:
     """Write the lease of 10.5.NUMBER.0/24 for 10.97.0.HOST; the two are one unless said."""
-    mac = f'{{"VtepMAC":"02:00:00:00:01:{host or number:02x}"}}'
-    kind = {
-        "host-gw": ',"BackendType":"host-gw"',
-        "vxlan": f',"BackendType":"vxlan","BackendData":{mac}',
-    }.get(fleet.backend, "")
+    last = host or number
+    value = value_of_peer(fleet.backend, f"10.97.0.{last}", f"02:00:00:00:01:{last:02x}")
     with client_of(fleet.lab) as client:
-        client.put(
-            key_of(subnet_of(number)), f'{{"PublicIP":"10.97.0.{host or number}"{kind}}}', ttl=600
-        )
+        client.put(key_of(subnet_of(number)), value, ttl=600)
 
 
 def start_fleet(make_lab: MakeLab, backend: str, hosts: int) -> tuple[Fleet, Callable[[str], None]]:
