@@ -148,3 +148,32 @@ def test_a_daemon_starts_on_an_etcd_that_came_back_empty_or_older(
         assert not in_kernel(host, backend, GONE)
     assert f"Removed stale route to {subnet_of(GONE)}" in starter.log()
     assert f"Removed stale route to {slow.subnet()}" not in starter.log()
+
+
+def test_etcd_is_restored_from_a_backup_in_which_the_subnet_was_another_hosts(
+    make_lab: MakeLab,
+) -> None:
+    """Nobody can tell whether that host is alive: it keeps the subnet, and ours goes elsewhere."""
+    lab = make_lab(1)
+    put_config(lab, Backend={"Type": "host-gw"}, SubnetMin="10.5.1.0", SubnetMax="10.5.2.0")
+    etcd = etcd_of(lab)
+    fleet = Fleet(lab, "host-gw")
+    put_peer(fleet, 1, host=203)
+    put_peer(fleet, 2, host=204)
+    backup = etcd.backup()
+    with client_of(lab) as client:
+        client.delete(key_of(subnet_of(1)))
+    daemon = Flanneld(lab.hosts[0]).start()
+    daemon.wait_ready()
+    assert str(daemon.subnet()) == subnet_of(1)
+    etcd.restore(backup)
+    assert daemon.wait_exit(2 * PATIENCE) == 1
+    daemon.wait_log(r"^E.*Lease has been revoked.*\(10\.5\.1\.0/24 is now held by 10\.97\.0\.203\)")
+    before = leases(lab)[subnet_of(1)].modified_index
+    with client_of(lab) as client:
+        client.delete(key_of(subnet_of(2)))
+    daemon.start().wait_ready()
+    assert str(daemon.subnet()) == subnet_of(2)
+    assert leases(lab)[subnet_of(1)].modified_index == before
+    fleet.daemons.append(daemon)
+    fleet.expect_converged("restarted elsewhere")

@@ -67,11 +67,13 @@ def shared(lab: Lab, backend: str) -> Fleet:
 def fleet(shared: Fleet) -> Fleet:
     """The same, as the next test wants it: with a good config, all daemons running."""
     put_config(shared.lab, Backend={"Type": shared.backend})
+    ended = [daemon for daemon in shared.daemons if not daemon.is_running]
     for daemon in shared.daemons:
         daemon.extra = ()
-        if not daemon.is_running:
-            daemon.start().wait_ready()
-    wait_whole(shared)
+    for daemon in ended:
+        # The test before has failed half way.
+        daemon.start().wait_ready()
+        wait_whole(shared)
     return shared
 
 
