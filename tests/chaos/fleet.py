@@ -102,6 +102,13 @@ class Fleet:
             assert peers_said(daemon) == len(others)
 
 
+def value_of_peer(backend: str, address: object, mac: str) -> str:
+    """Return the value of the lease of a host with this backend; ``mac`` counts for vxlan only."""
+    kind = "" if backend == "udp" else f',"BackendType":"{backend}"'
+    data = f',"BackendData":{{"VtepMAC":"{mac}"}}' if backend == "vxlan" else ""
+    return f'{{"PublicIP":"{address}"{kind}{data}}}'
+
+
 def peers_said(daemon: Flanneld) -> int:
     """Ask a daemon how many peers it has."""
     pattern = re.compile(r"State: leased \S+, (\d+) peers", re.MULTILINE)

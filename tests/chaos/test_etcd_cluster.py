@@ -11,7 +11,7 @@ from network import PATIENCE, MakeLab, Pings, client_of, key_of, leases
 
 from lab import eventually
 
-from .fleet import HOSTS, OUTAGE, WHOLE, Fleet, connected_to, make_fleet
+from .fleet import HOSTS, OUTAGE, WHOLE, Fleet, connected_to, make_fleet, value_of_peer
 
 # Seconds until a daemon leaves a member that answers nothing, or nothing new: an idle poll's 20 s
 # and a quarter, and 5 s for the read that finds it out.
@@ -20,10 +20,7 @@ DEAF = 30.0
 
 def put_short_lived(fleet: Fleet, number: int, ttl: int) -> None:
     """A made-up peer whose lease ends by itself."""
-    mac = f'{{"VtepMAC":"02:00:00:00:01:{number:02x}"}}'
-    kind = "" if fleet.backend == "udp" else f',"BackendType":"{fleet.backend}"'
-    data = f',"BackendData":{mac}' if fleet.backend == "vxlan" else ""
-    value = f'{{"PublicIP":"10.97.0.{number}"{kind}{data}}}'
+    value = value_of_peer(fleet.backend, f"10.97.0.{number}", f"02:00:00:00:01:{number:02x}")
     with client_of(fleet.lab) as client:
         client.put(key_of(f"10.5.{number}.0/24"), value, ttl=ttl)
 

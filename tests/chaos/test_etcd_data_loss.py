@@ -22,7 +22,7 @@ from overlay import entries
 from flanneld.kernel.reconcile import SPARE
 from lab import Flanneld, Host, eventually
 
-from .fleet import Fleet
+from .fleet import Fleet, value_of_peer
 
 WAYS = ["emptied", "restored from a backup"]
 
@@ -36,15 +36,10 @@ def subnet_of(number: int) -> str:
 
 def put_peer(fleet: Fleet, number: int, host: int = 0) -> None:
     """Write the lease of 10.5.NUMBER.0/24 for 10.97.0.HOST; the two are one unless said."""
-    mac = f'{{"VtepMAC":"02:00:00:00:01:{host or number:02x}"}}'
-    kind = {
-        "host-gw": ',"BackendType":"host-gw"',
-        "vxlan": f',"BackendType":"vxlan","BackendData":{mac}',
-    }.get(fleet.backend, "")
+    last = host or number
+    value = value_of_peer(fleet.backend, f"10.97.0.{last}", f"02:00:00:00:01:{last:02x}")
     with client_of(fleet.lab) as client:
-        client.put(
-            key_of(subnet_of(number)), f'{{"PublicIP":"10.97.0.{host or number}"{kind}}}', ttl=600
-        )
+        client.put(key_of(subnet_of(number)), value, ttl=600)
 
 
 def start_fleet(make_lab: MakeLab, backend: str, hosts: int) -> tuple[Fleet, Callable[[str], None]]:
@@ -153,3 +148,32 @@ def test_a_daemon_starts_on_an_etcd_that_came_back_empty_or_older(
         assert not in_kernel(host, backend, GONE)
     assert f"Removed stale route to {subnet_of(GONE)}" in starter.log()
     assert f"Removed stale route to {slow.subnet()}" not in starter.log()
+
+
+def test_etcd_is_restored_from_a_backup_in_which_the_subnet_was_another_hosts(
+    make_lab: MakeLab,
+) -> None:
+    """Nobody can tell whether that host is alive: it keeps the subnet, and ours goes elsewhere."""
+    lab = make_lab(1)
+    put_config(lab, Backend={"Type": "host-gw"}, SubnetMin="10.5.1.0", SubnetMax="10.5.2.0")
+    etcd = etcd_of(lab)
+    fleet = Fleet(lab, "host-gw")
+    put_peer(fleet, 1, host=203)
+    put_peer(fleet, 2, host=204)
+    backup = etcd.backup()
+    with client_of(lab) as client:
+        client.delete(key_of(subnet_of(1)))
+    daemon = Flanneld(lab.hosts[0]).start()
+    daemon.wait_ready()
+    assert str(daemon.subnet()) == subnet_of(1)
+    etcd.restore(backup)
+    assert daemon.wait_exit(2 * PATIENCE) == 1
+    daemon.wait_log(r"^E.*Lease has been revoked.*\(10\.5\.1\.0/24 is now held by 10\.97\.0\.203\)")
+    before = leases(lab)[subnet_of(1)].modified_index
+    with client_of(lab) as client:
+        client.delete(key_of(subnet_of(2)))
+    daemon.start().wait_ready()
+    assert str(daemon.subnet()) == subnet_of(2)
+    assert leases(lab)[subnet_of(1)].modified_index == before
+    fleet.daemons.append(daemon)
+    fleet.expect_converged("restarted elsewhere")
