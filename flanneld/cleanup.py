@@ -15,9 +15,9 @@ from flanneld.errors import DeviceError, FlannelError
 from flanneld.flags import Options
 from flanneld.kernel.link import read_host_facts
 from flanneld.kernel.netlink import EntrySocket
-from flanneld.kernel.reconcile import MANY
 from flanneld.kernel.state import PROTOCOL
 from flanneld.lock import InUse, lock_file, take
+from flanneld.logs import MANY
 from flanneld.masquerade.choose import remove_all
 from flanneld.masquerade.rules import absent
 from flanneld.subnet import env

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import TextIO
 
@@ -24,6 +24,9 @@ from flanneld.flags import NO_BACKTRACE, backtrace_location, vmodule_levels
 
 # Characters of a message; what is longer comes from outside.
 LONGEST = 2000
+
+# From this many lines of one kind on, one line says it for all.
+MANY = 10
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 _ESCAPES |= {ord(c): repr(c)[1:-1] for c in "\n\r\t\u2028\u2029"}
@@ -204,3 +207,13 @@ def _decimal(value: int, unit: int) -> str:
     if not fraction:
         return str(whole)
     return f"{whole}.{str(unit + fraction)[1:].rstrip('0')}"
+
+
+def log_many(
+    log: logging.Logger, text: str, items: Sequence[str], level: int = logging.INFO
+) -> None:
+    """Log one line for each item; of many, only a few and their number."""
+    for number, item in enumerate(items):
+        log.log(level if number < MANY else verbose(1), text, item)
+    if len(items) > MANY:
+        log.log(level, f"{text} (-v=1 lists them)", f"{len(items)} in all")

@@ -7,8 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from flanneld.heartbeat import Pulse
-from flanneld.kernel.reconcile import MANY
-from flanneld.logs import verbose
+from flanneld.logs import MANY, verbose
 from flanneld.subnet.config import Config
 from flanneld.subnet.lease import Lease
 from flanneld.subnet.manager import SubnetManager

@@ -12,8 +12,7 @@ from flanneld.backend.peers import PeerNetwork
 from flanneld.errors import BackendError, DeviceError
 from flanneld.interface import ExternalInterface
 from flanneld.kernel.netlink import KernelEvent, LinkEvent
-from flanneld.kernel.reconcile import Territory
-from flanneld.kernel.state import Entry, Route
+from flanneld.kernel.state import Entry, Route, Territory
 from flanneld.subnet.config import Config
 from flanneld.subnet.env import Previous
 from flanneld.subnet.lease import Lease, LeaseAttrs

@@ -17,8 +17,8 @@ from flanneld.backend.device import Device, DeviceWatch, remove_former
 from flanneld.backend.feed import LeaseFeed, log_changes
 from flanneld.errors import DeviceError
 from flanneld.heartbeat import IDLE, Heartbeat, Pulse
-from flanneld.kernel.reconcile import Reconciler, Territory
-from flanneld.kernel.state import Entry, Found, Route, Slot, contains
+from flanneld.kernel.reconcile import Reconciler
+from flanneld.kernel.state import Entry, Found, Route, Slot, Territory, contains
 from flanneld.retry import Sparing
 from flanneld.subnet.config import Config
 from flanneld.subnet.gojson import shown

@@ -17,8 +17,7 @@ from flanneld.backend.peers import PeerNetwork
 from flanneld.errors import BackendError
 from flanneld.interface import ExternalInterface
 from flanneld.kernel.netlink import AddressEvent, KernelEvent, LinkEvent
-from flanneld.kernel.reconcile import Territory
-from flanneld.kernel.state import Entry, FdbEntry, Neighbour, Route
+from flanneld.kernel.state import Entry, FdbEntry, Neighbour, Route, Territory
 from flanneld.kernel.vxlan import (
     DEFAULT_PORT,
     OVERHEAD,

@@ -6,18 +6,11 @@ after anything that may have cost entries without saying so (a link going down t
 routes along silently) the kernel's entries are compared with those wanted. It is used by one
 thread only, which calls `Reconciler.handle` when the descriptor is readable and `Reconciler.work`
 when `Reconciler.due` says so.
-
-What a former run left and nobody wants is not swept at once. The first set of peers comes from a
-store that may have lost its data (emptied, or restored from a backup), and that cannot be seen from
-one look at it: the peers that it lacks may be alive, and publish their leases again within seconds.
-So their entries are spared for `SPARE` seconds, unless a wanted entry takes their slot.
 """
 
 import errno
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from ipaddress import IPv4Network
 
 from flanneld.clock import now
 from flanneld.kernel.netlink import (
@@ -30,6 +23,7 @@ from flanneld.kernel.netlink import (
     Overflow,
     Refusal,
 )
+from flanneld.kernel.spared import Spared
 from flanneld.kernel.state import (
     PROTOCOL,
     PROTOCOL_BOOT,
@@ -38,10 +32,10 @@ from flanneld.kernel.state import (
     Neighbour,
     Route,
     Slot,
-    contains,
+    Territory,
     difference,
 )
-from flanneld.logs import verbose
+from flanneld.logs import log_many
 
 log = logging.getLogger(__name__)
 
@@ -56,36 +50,8 @@ CHECK_FAILED = 1.0
 # never slower than half a second.
 FIRST_GAP, LONGEST_GAP, CALM = 0.02, 0.5, 5.0
 
-# Seconds for which a former run's entries are spared. A peer looks after its lease again within the
-# 3 s of a pause; a member of the store that is dead or mute may cost it 2 + 5 s more.
-SPARE = 15.0
-
 # "neighbour table overflow", in the words of errno.
 _TABLE_FULL = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
-
-# From this many entries on, one line says it for all.
-MANY = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Territory:
-    """What is ours to remove, wanted or not."""
-
-    networks: tuple[IPv4Network, ...]
-    """Routes with our protocol number inside these. Other flannelds on this host, with other
-    networks, mark their routes alike."""
-    device: int = 0
-    """Index of a device of ours (0: none): its permanent neighbours and FDB entries, and the
-    routes through it that the original left, which have the protocol number of ``ip route``."""
-
-    def holds(self, found: Found) -> bool:
-        """Tell whether an entry is ours."""
-        entry = found.entry
-        if not isinstance(entry, Route):
-            return entry.oif == self.device and found.permanent
-        if found.protocol == PROTOCOL:
-            return any(contains(network, entry.dst) for network in self.networks)
-        return found.protocol == PROTOCOL_BOOT and entry.oif == self.device != 0
 
 
 class Reconciler:
@@ -111,9 +77,7 @@ class Reconciler:
         self._trouble = ""
         self._look_wide = True
         self._kept: frozenset[Found] = frozenset()
-        self._spare: Callable[[Found], bool] | None = None
-        self._spared: frozenset[Found] = frozenset()
-        self._spare_until = 0.0
+        self._spared = Spared()
         self._patience = 0.0
         self._held = 0
         self._overflowed_at = now() - CALM
@@ -135,7 +99,8 @@ class Reconciler:
         ``spare`` says which of the entries that are ours and not wanted now may belong to a peer
         all the same: see the module's text.
         """
-        self._territory, self._spare = territory, spare
+        self._territory = territory
+        self._spared.begin(spare)
         self._wanted = {entry.slot: entry for entry in entries}
         self._ours &= self._wanted.keys()
         self._check()
@@ -261,7 +226,9 @@ class Reconciler:
             self._failed(error)
             return
         self._look_wide = False
-        self._choose_spared(found)
+        self._spared.settle(lambda: difference(self._wanted, found, self._territory.holds).delete)
+        if self._spared.until is not None:
+            self._check_at = min(self._check_at, self._spared.until)
         changes = difference(self._wanted, found, self._is_stale)
         missing = {entry.slot for entry in changes.write}
         if self._held:
@@ -279,7 +246,8 @@ class Reconciler:
         if self._trouble:
             log.info("The kernel takes our entries again")
             self._trouble = ""
-        _log_many(
+        log_many(
+            log,
             "Removed stale %s",
             [str(item.entry) for item in changes.delete if item not in self._kept],
         )
@@ -287,24 +255,6 @@ class Reconciler:
             known = tried_before | set(self._refused)
             self._log_recovered([entry for entry in changes.write if entry not in known])
         self.in_step = True
-
-    def _choose_spared(self, found: Sequence[Found]) -> None:
-        """Settle, at the first comparison, what is spared; later, whether its time is over."""
-        if self._spare is not None:
-            spare, self._spare = self._spare, None
-            left = difference(self._wanted, found, self._territory.holds).delete
-            self._spared = frozenset(item for item in left if spare(item))
-            self._spare_until = now() + SPARE
-            if self._spared:
-                log.info(
-                    "Keeping %d kernel entries of a former run for %.0f s: the store does not know"
-                    " their hosts, which may be about to publish their leases again",
-                    *(len(self._spared), SPARE),
-                )
-        if now() >= self._spare_until:
-            self._spared = frozenset()
-        if self._spared and self._check_at is not None:
-            self._check_at = min(self._check_at, self._spare_until)
 
     def _is_stale(self, found: Found) -> bool:
         return self._territory.holds(found) and found not in self._spared
@@ -413,7 +363,7 @@ class Reconciler:
                 for entry, why in self._refused.items()
                 if self._wanted.get(entry.slot) == entry
             }
-        _log_many("Error adding %s", [f"{e}: {refused[e]}" for e in fresh], logging.ERROR)
+        log_many(log, "Error adding %s", [f"{e}: {refused[e]}" for e in fresh], logging.ERROR)
         if any(isinstance(e, Neighbour) and refused[e].number in _TABLE_FULL for e in fresh):
             log.error(
                 "The kernel's neighbour table is full: set the sysctl"
@@ -429,8 +379,8 @@ class Reconciler:
     @staticmethod
     def _log_recovered(entries: Sequence[Entry]) -> None:
         routes = [entry for entry in entries if isinstance(entry, Route)]
-        _log_many("Route recovered %s", [f"{route.dst} : {route.via}" for route in routes])
-        _log_many("Recovered %s", [str(e) for e in entries if not isinstance(e, Route)])
+        log_many(log, "Route recovered %s", [f"{route.dst} : {route.via}" for route in routes])
+        log_many(log, "Recovered %s", [str(e) for e in entries if not isinstance(e, Route)])
 
     def _socket(self) -> EntrySocket:
         """Return the socket for requests; events which these cause are no news."""
@@ -454,11 +404,3 @@ class Reconciler:
 
 def _has_devices(events: Sequence[KernelEvent]) -> bool:
     return any(isinstance(event, LinkEvent | AddressEvent) for event in events)
-
-
-def _log_many(text: str, items: Sequence[str], level: int = logging.INFO) -> None:
-    """Log one line for each item; of many, only a few and their number."""
-    for number, item in enumerate(items):
-        log.log(level if number < MANY else verbose(1), text, item)
-    if len(items) > MANY:
-        log.log(level, f"{text} (-v=1 lists them)", f"{len(items)} in all")

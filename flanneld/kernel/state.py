@@ -121,6 +121,27 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class Territory:
+    """What is ours to remove, wanted or not."""
+
+    networks: tuple[IPv4Network, ...]
+    """Routes with our protocol number inside these. Other flannelds on this host, with other
+    networks, mark their routes alike."""
+    device: int = 0
+    """Index of a device of ours (0: none): its permanent neighbours and FDB entries, and the
+    routes through it that the original left, which have the protocol number of ``ip route``."""
+
+    def holds(self, found: Found) -> bool:
+        """Tell whether an entry is ours."""
+        entry = found.entry
+        if not isinstance(entry, Route):
+            return entry.oif == self.device and found.permanent
+        if found.protocol == PROTOCOL:
+            return any(contains(network, entry.dst) for network in self.networks)
+        return found.protocol == PROTOCOL_BOOT and entry.oif == self.device != 0
+
+
+@dataclass(frozen=True, slots=True)
 class Difference:
     """What leads from the found state to the wanted one."""
 

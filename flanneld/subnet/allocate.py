@@ -87,9 +87,9 @@ def decide(
 
     ``leases`` are all leases in the store; ``unreadable`` the ranges of keys that are no
     readable lease but look taken; ``previous`` the subnet this host had, from the subnet file.
-    In this order: a compatible lease of our own IP, unless an elder one overlaps it and it is not
-    the previous subnet; the previous subnet if free; one of the first free subnets, at random.
-    Raises :class:`OutOfSubnets` if there is none.
+    In this order: a compatible lease of our own IP, unless an elder one overlaps it; the
+    previous subnet if free; one of the first free subnets, at random. Raises
+    :class:`OutOfSubnets` if there is none.
     """
     own = sorted(
         (lease for lease in leases if lease.attrs.public_ip == own_ip),
@@ -101,11 +101,7 @@ def decide(
         ),
     )
     usable = [
-        lease
-        for lease in own
-        # What this host already lives in is not given up for a key that may be anybody's rubbish.
-        if compatible(lease.subnet, config)
-        and (lease.subnet == previous or not elder(lease, leases))
+        lease for lease in own if compatible(lease.subnet, config) and not elder(lease, leases)
     ]
     if usable:
         return _reuse(usable[0], own, own_ip)

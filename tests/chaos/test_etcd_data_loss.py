@@ -19,7 +19,7 @@ from network import (
 )
 from overlay import entries
 
-from flanneld.kernel.reconcile import SPARE
+from flanneld.kernel.spared import SPARE
 from lab import Flanneld, Host, eventually
 
 from .fleet import Fleet, value_of_peer

@@ -136,14 +136,6 @@ def test_of_two_overlapping_leases_the_elder_is_kept(other: str) -> None:
     assert isinstance(choose([own, created(7, other, OWN_IP, None)]), Reuse)
 
 
-@pytest.mark.parametrize("other", ["10.5.0.0/16", "10.5.0.0/17", "10.5.7.128/25"])
-def test_a_subnet_that_a_host_lives_in_is_not_given_up_for_an_elder_key(other: str) -> None:
-    own = created(200, "10.5.7.0/24", OWN_IP)
-    decision = choose([own, created(50, other, PEER_IP)], previous="10.5.7.0/24")
-    assert isinstance(decision, Reuse)
-    assert decision.lease == own
-
-
 def test_a_reservation_that_overlaps_an_elder_lease_is_left_alone_and_not_used() -> None:
     own = created(8, "10.5.7.0/24", OWN_IP, None)
     decision = choose([own, created(7, "10.5.4.0/22", PEER_IP)])

@@ -17,8 +17,7 @@ from flanneld.backend.peers import PeerNetwork
 from flanneld.backend.vxlan import VxlanLink, peer_entries
 from flanneld.errors import DeviceError
 from flanneld.kernel.netlink import KernelEvent, LinkEvent
-from flanneld.kernel.reconcile import Territory
-from flanneld.kernel.state import Entry, Slot
+from flanneld.kernel.state import Entry, Slot, Territory
 from flanneld.kernel.vxlan import VxlanDevice, VxlanSpec
 from flanneld.kernel.wire import Link
 from flanneld.subnet.config import parse_config

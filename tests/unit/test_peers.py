@@ -25,8 +25,16 @@ from flanneld.heartbeat import Pulse
 from flanneld.interface import ExternalInterface
 from flanneld.kernel import vxlan
 from flanneld.kernel.netlink import KernelEvent, LinkEvent, Overflow
-from flanneld.kernel.reconcile import Territory
-from flanneld.kernel.state import PROTOCOL, Entry, FdbEntry, Found, Neighbour, Route, Slot
+from flanneld.kernel.state import (
+    PROTOCOL,
+    Entry,
+    FdbEntry,
+    Found,
+    Neighbour,
+    Route,
+    Slot,
+    Territory,
+)
 from flanneld.kernel.wire import Link
 from flanneld.subnet.config import Config, parse_config
 from flanneld.subnet.env import Previous

@@ -6,10 +6,11 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
-from flanneld.kernel import reconcile
+from flanneld.kernel import reconcile, spared
 from flanneld.kernel.netlink import EntryEvent, KernelEvent, Refusal
-from flanneld.kernel.reconcile import CHECK_FAILED, SPARE, Reconciler, Territory
-from flanneld.kernel.state import PROTOCOL, Entry, Found, Route, Slot
+from flanneld.kernel.reconcile import CHECK_FAILED, Reconciler
+from flanneld.kernel.spared import SPARE
+from flanneld.kernel.state import PROTOCOL, Entry, Found, Route, Slot, Territory
 
 TERRITORY = Territory((IPv4Network("10.5.0.0/16"),))
 
@@ -74,6 +75,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(reconcile, "now", made)
+    monkeypatch.setattr(spared, "now", made)
     return made
 
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flanneld.kernel.reconcile import Territory
 from flanneld.kernel.state import (
     PROTOCOL,
     PROTOCOL_BOOT,
@@ -17,6 +16,7 @@ from flanneld.kernel.state import (
     Found,
     Neighbour,
     Route,
+    Territory,
     contains,
     difference,
 )

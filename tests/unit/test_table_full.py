@@ -14,8 +14,8 @@ import pytest
 
 from flanneld.kernel import reconcile
 from flanneld.kernel.netlink import KernelEvent, Overflow, Refusal
-from flanneld.kernel.reconcile import CALM, CHECK_REFUSED, Reconciler, Territory
-from flanneld.kernel.state import PROTOCOL, Entry, FdbEntry, Found, Neighbour, Route
+from flanneld.kernel.reconcile import CALM, CHECK_REFUSED, Reconciler
+from flanneld.kernel.state import PROTOCOL, Entry, FdbEntry, Found, Neighbour, Route, Territory
 
 DEVICE = 7
 TERRITORY = Territory((IPv4Network("10.5.0.0/16"),), DEVICE)

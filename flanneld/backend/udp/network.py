@@ -14,8 +14,8 @@ from flanneld.backend.udp.peers import PeerRoute
 from flanneld.errors import DeviceError
 from flanneld.heartbeat import IDLE, Heartbeat, Pulse
 from flanneld.kernel.netlink import AddressEvent, KernelEvent, LinkEvent
-from flanneld.kernel.reconcile import Reconciler, Territory
-from flanneld.kernel.state import Route
+from flanneld.kernel.reconcile import Reconciler
+from flanneld.kernel.state import Route, Territory
 from flanneld.kernel.tunlink import TunLink
 from flanneld.subnet.config import Config
 from flanneld.subnet.lease import Lease
