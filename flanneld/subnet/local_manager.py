@@ -8,7 +8,7 @@ import contextlib
 import logging
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import IPv4Network
 
@@ -100,9 +100,10 @@ class LocalManager:
         store_away = Outage(log.log, "failed to acquire lease", steady=1.0)
         full = Outage(log.log, "failed to acquire lease", steady=OUT_OF_SUBNETS_PAUSE)
         said: set[str] = set()
+        created: set[IPv4Network] = set()
         while not stop.is_set():
             try:
-                lease = self._acquire_round(config, attrs, said)
+                lease = self._acquire_round(config, attrs, said, created)
             except OutOfSubnets as error:
                 full.failed(error, stop)
                 self._check_config_is_the_same()
@@ -122,7 +123,10 @@ class LocalManager:
             if self._config_text and self._store.read_config() != self._config_text:
                 raise ConfigChanged("the network config has changed in the store")
 
-    def _acquire_round(self, config: Config, attrs: LeaseAttrs, said: set[str]) -> Lease | None:
+    def _acquire_round(
+        self, config: Config, attrs: LeaseAttrs, said: set[str], created: set[IPv4Network]
+    ) -> Lease | None:
+        """Take one step; return the lease once it is ours. ``created``: keys of earlier rounds."""
         snapshot = self._store.snapshot()
         leases, taken, notes = _read_leases(snapshot)
         decision = decide(leases, taken, attrs.public_ip, self._previous, config, rng=self._random)
@@ -131,6 +135,10 @@ class LocalManager:
                 said.add(note)
                 log.info("%s", note)
         match decision:
+            case Reuse(lease=found) if found.subnet in created and _blocked(found, taken):
+                # Created a round ago, when what is unreadable now may have been another's lease.
+                self._store.remove(found.key, found.modified_index)
+                return None
             case Reuse(lease=found):
                 ttl = None if found.is_reservation else LEASE_TTL
                 name = subnet_key(found.subnet)
@@ -140,12 +148,23 @@ class LocalManager:
                 self._store.remove(subnet_key(found.subnet), found.modified_index)
                 return None
             case Create(subnet=subnet):
+                created.add(subnet)
                 node = self._store.create(subnet_key(subnet), attrs.encode(), LEASE_TTL)
                 lease = Lease(subnet, attrs, node.ttl, node.index, node.created_index)
-                if self._find_elder(lease, snapshot.index):
-                    return None  # the next round finds it too, and discards ours
+                if self._is_contested(lease, snapshot.index):
+                    return None  # the next round finds it too, and gives ours up
                 log.info("Allocated lease (%s) to current node (%s) ", subnet, attrs.public_ip)
                 return lease
+
+    def _is_contested(self, lease: Lease, seen: int) -> bool:
+        """Look again after a lease was created: another host may have been faster.
+
+        ``seen`` is the store's index when we looked before.
+        """
+        if lease.created_index == seen + 1:
+            return False  # nothing was written in between
+        leases, taken, _ = _read_leases(self._store.snapshot())
+        return elder(lease, leases) is not None or _blocked(lease, taken)
 
     def _find_elder(self, lease: Lease, seen: int) -> Lease | None:
         """Look again after a lease was created: see `elder`. ``seen`` is when we looked before."""
@@ -332,6 +351,11 @@ def _lifetime(lease: Lease, present: Node) -> int | None:
 
 def _renewed(lease: Lease, node: Node) -> Lease:
     return replace(lease, ttl=node.ttl, modified_index=node.index, created_index=node.created_index)
+
+
+def _blocked(lease: Lease, unreadable: Iterable[IPv4Network]) -> bool:
+    """Tell whether a key that cannot be read has a part of the lease's range."""
+    return any(found.overlaps(lease.subnet) for found in unreadable if found != lease.subnet)
 
 
 def _check_elder(lease: Lease, other: Lease | None) -> None:

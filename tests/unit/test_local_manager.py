@@ -138,6 +138,18 @@ def test_a_host_with_another_subnet_len_was_faster(
     }
 
 
+@pytest.mark.parametrize("fault", [None, "after"])
+def test_a_host_with_another_subnet_len_was_faster_and_its_key_is_spoilt(
+    store: MemoryStore, manager: LocalManager, stop: Stop, fault: str | None
+) -> None:
+    """It will write its lease again: what cannot be read is taken."""
+    store.before_write.append(lambda: store.data.put(WIDE, "nonsense", 50))
+    store.faults.extend([None, fault])
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    assert not lease.subnet.overlaps(IPv4Network("10.5.32.0/22"))
+    assert set(held(store)) == {WIDE, lease.key}
+
+
 def test_a_host_with_another_subnet_len_was_slower(
     store: MemoryStore, manager: LocalManager, stop: Stop
 ) -> None:
