@@ -187,9 +187,9 @@ def edit(chain: Chain, found: Found) -> Edit | None:
     as_wanted = mine == [options(rule) for rule in rules]
     rules = (*rules, *(line.words for line in others))
     jumps = [place for place, line in enumerate(found.hook) if _is_jump(chain, line)]
-    right = [place for place in jumps if found.hook[place].options == options(chain.jump)]
     stale = [place for place, line in enumerate(found.hook) if is_stale(chain, line)]
-    keep = right[:1] if rules else []
+    # Of several, a deletion by its text would take the first, wherever the right one stands.
+    keep = jumps if rules and len(jumps) == 1 and _is_right(chain, found.hook, jumps[0]) else []
     delete = sorted({*stale, *jumps}.difference(keep))
     as_wanted = as_wanted and (found.rules is not None) == bool(rules)
     if as_wanted and not delete and bool(keep) == bool(rules):
@@ -270,6 +270,14 @@ def _is_of_the_four(network: IPv4Network, bare: Options) -> bool:
 
 def _is_jump(chain: Chain, line: Line) -> bool:
     return ("-j", chain.name) in line.options or ("-g", chain.name) in line.options
+
+
+def _is_right(chain: Chain, hook: Sequence[Line], place: int) -> bool:
+    """Whether this jump is as wanted, and can be reached by what the hook's other rules let by."""
+    others = [*hook[:place], *hook[place + 1 :]]
+    return hook[place].options == options(chain.jump) and (
+        chain.table != FILTER or place <= _place(chain, others)
+    )
 
 
 def _is_catch_all(line: Line) -> bool:

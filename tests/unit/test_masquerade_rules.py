@@ -289,6 +289,38 @@ def test_the_jump_is_last_but_before_an_end_that_drops(forward: list[str], place
     assert blocks(RULES.filter, Found(lines, "DROP"))
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # Behind the end it would never be reached.
+        (["-j REJECT", "JUMP"], ["JUMP", "-j REJECT"]),
+        (["-i lo -j ACCEPT", "-j DROP", "JUMP"], ["-i lo -j ACCEPT", "JUMP", "-j DROP"]),
+        (["-j DROP", "JUMP", "-j REJECT"], ["JUMP", "-j DROP", "-j REJECT"]),
+        # A deletion by its text would take the first one.
+        (["JUMP", "-j REJECT", "JUMP"], ["JUMP", "-j REJECT"]),
+        (["JUMP", "-i lo -j ACCEPT", "JUMP"], ["-i lo -j ACCEPT", "JUMP"]),
+        (["-j FLANNEL-FWD", "-i lo -j ACCEPT", "JUMP"], ["-i lo -j ACCEPT", "JUMP"]),
+        # An emergency stop in front of all others is not overruled.
+        (["-j DROP", "-i lo -j ACCEPT", "JUMP"], None),
+        (["-j DROP", "-i lo -j ACCEPT", "JUMP", "-j REJECT"], None),
+        (["JUMP", "-i lo -j ACCEPT", "-j REJECT"], None),
+    ],
+)
+def test_a_jump_is_kept_only_where_it_is_reached(
+    before: list[str], after: list[str] | None
+) -> None:
+    jump = '-m comment --comment "flanneld forward" -j FLANNEL-FWD'
+    first, expected = (
+        [rule.replace("JUMP", jump) for rule in rules] for rules in (before, after or before)
+    )
+    ours = [rule.partition(" ")[2].partition(" ")[2] for rule in FROM_NOTHING.splitlines()[11:13]]
+    chains = {"FORWARD": first, "FLANNEL-FWD": ours}
+    found: dict[str, dict[str, list[str]]] = {"nat": {"POSTROUTING": []}, "filter": chains}
+    text = payload(wanted(N, S, masquerade=False, forward=True), as_save(found))
+    assert bool(text) is (after is not None)
+    assert carried_out(found, text)["filter"] == {"FORWARD": expected, "FLANNEL-FWD": ours}
+
+
 def test_nftables_needs_iptables_only_while_it_drops() -> None:
     rules = RULES.forward_only()
     assert payload(rules, "") == ""
@@ -325,6 +357,7 @@ OURS = st.sampled_from(
         '-s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT',
     ]
 )
+CATCH_ALL = ("-j DROP", "-j REJECT")
 LINES = st.lists(FOREIGN | OURS, max_size=8)
 
 
@@ -362,8 +395,11 @@ def test_from_any_state_one_step_leads_to_the_wanted_one_and_spares_all_others(
         assert new["OTHER"] == old["OTHER"]
         spared = [rule for rule in old[chain.hook] if not of_ours(chain, rule)]
         assert [rule for rule in new[chain.hook] if not of_ours(chain, rule)] == spared
-        jumps = [rule for rule in new[chain.hook] if of_ours(chain, rule)]
+        jumps = [at for at, rule in enumerate(new[chain.hook]) if of_ours(chain, rule)]
         assert len(jumps) == bool(chain.rules)
+        if jumps and chain.table == "filter":
+            behind = new[chain.hook][jumps[0] :]
+            assert len(behind) > 1 or not spared or not spared[-1].startswith(CATCH_ALL)
         assert (chain.name in new) == bool(chain.rules)
         if chain.rules:
             assert [parse_line(rule).options for rule in new[chain.name]] == [
