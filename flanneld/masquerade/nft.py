@@ -4,7 +4,7 @@ The table's name is that of flannel since v0.25. It masquerades; the forward rul
 iptables, see `rules.Rules.forward_only`.
 """
 
-from flanneld.masquerade.driver import Driver, MasqueradeError, Verdict, run
+from flanneld.masquerade.driver import Commands, Driver, MasqueradeError, Verdict
 from flanneld.masquerade.rules import Rules, Words, split
 
 TABLE = "ip flannel-ipv4"
@@ -63,7 +63,8 @@ class NftDriver:
 
     name = "nftables"
 
-    def __init__(self, nft: str, rules: Rules, forward: Driver | None) -> None:
+    def __init__(self, nft: str, rules: Rules, forward: Driver | None, commands: Commands) -> None:
+        self._run = commands.run
         self._nft = nft
         self._rules = rules
         self._forward = forward
@@ -106,16 +107,16 @@ class NftDriver:
         """The same without what is in iptables."""
         there = [table for table in _TABLES if self._show(table) is not None]
         for table in there:
-            run([self._nft, "delete", "table", *table.split()])
+            self._run([self._nft, "delete", "table", *table.split()])
         return [f"nftables: table {table}" for table in there]
 
     def _submit(self, rules: Rules, *flags: str) -> None:
-        run([self._nft, *flags, "--file", "-"], script(rules))
+        self._run([self._nft, *flags, "--file", "-"], script(rules))
 
     def _show(self, table: str) -> str | None:
         """The table without counters; None if there is none."""
         try:
-            return run([self._nft, "--stateless", "list", "table", *table.split()])
+            return self._run([self._nft, "--stateless", "list", "table", *table.split()])
         except MasqueradeError as error:
             if "No such file or directory" in str(error):
                 return None

@@ -9,7 +9,6 @@ A rule is a tuple of words as iptables takes and prints them. Two rules are the 
 options are, in whatever order: see `options`.
 """
 
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
@@ -75,6 +74,10 @@ class Rules:
             tuple(word for word in rule if word != "--random-fully") for rule in self.nat.rules
         )
         return replace(self, nat=replace(self.nat, rules=kept))
+
+    def nothing(self) -> "Rules":
+        """No rules of this daemon. Those of a second one stay."""
+        return Rules(replace(self.nat, rules=()), replace(self.filter, rules=()))
 
     def forward_only(self) -> "Rules":
         """What iptables holds while nftables masquerades: at most the forward rules.
@@ -202,7 +205,7 @@ def edit(chain: Chain, found: Found) -> Edit | None:
 def blocks(chain: Chain, found: Found) -> bool:
     """Whether a packet that no rule accepts is dropped in this hook."""
     others = [line for line in found.hook if not _is_jump(chain, line)]
-    return found.policy == "DROP" or bool(others and _is_catch_all(others[-1]))
+    return found.policy == "DROP" or bool(others and is_catch_all(others[-1]))
 
 
 def is_stale(chain: Chain, line: Line) -> bool:
@@ -280,8 +283,8 @@ def _is_right(chain: Chain, hook: Sequence[Line], place: int) -> bool:
     )
 
 
-def _is_catch_all(line: Line) -> bool:
-    """Whether nothing gets past this rule."""
+def is_catch_all(line: Line) -> bool:
+    """Whether nothing gets past this rule, as far as its options say."""
     targets = {option[1:] for option in line.options if option[0] == "-j"}
     return targets in ({("DROP",)}, {("REJECT",)}) and all(
         option[0] in _NO_CONDITION and (option[0] != "-m" or option[1:] == ("comment",))
@@ -297,7 +300,7 @@ def _place(chain: Chain, hook: Sequence[Line]) -> int:
     """
     last = len(hook)
     if chain.table == FILTER:
-        while last and _is_catch_all(hook[last - 1]):
+        while last and is_catch_all(hook[last - 1]):
             last -= 1
     return last
 
@@ -320,70 +323,3 @@ def split(words: Sequence[str]) -> list[Words]:
         else:
             found[-1] = (*found[-1], word)
     return found
-
-
-def parse_line(text: str) -> Line:
-    """A rule as iptables-save prints it, without ``-A HOOK``.
-
-    Quoted words are taken apart only where ours could be meant: a foreign comment may be anything.
-    """
-    try:
-        words = shlex.split(text) if '"' in text else text.split()
-    except ValueError:
-        return Line(frozenset({(text,)}), (text,), text)
-    return Line(options(words), tuple(words), text)
-
-
-def parse_save(text: str, rules: Rules) -> dict[str, Found]:
-    """What iptables-save says about our chains and their hooks, by table."""
-    chains = {chain.table: chain for chain in rules.chains}
-    hook: dict[str, list[Line]] = {table: [] for table in chains}
-    own: dict[str, list[Line]] = {}
-    policy = dict.fromkeys(chains, "ACCEPT")
-    chain: Chain | None = None
-    # Not splitlines, which knows more line ends than one: a foreign comment may hold them.
-    for line in text.split("\n"):
-        if line.startswith("*"):
-            chain = chains.get(line[1:].strip())
-        elif chain is None:
-            continue
-        elif line.startswith(":"):
-            name, _, rest = line[1:].partition(" ")
-            if name == chain.name:
-                own.setdefault(chain.table, [])
-            elif name == chain.hook:
-                policy[chain.table] = rest.partition(" ")[0]
-        elif line.startswith(f"-A {chain.hook} "):
-            hook[chain.table].append(parse_line(line[len(chain.hook) + 4 :]))
-        elif line.startswith(f"-A {chain.name} "):
-            rule = parse_line(line[len(chain.name) + 4 :])
-            own.setdefault(chain.table, []).append(rule)
-    return {
-        table: Found(tuple(hook[table]), policy[table], tuple(own[table]) if table in own else None)
-        for table in chains
-    }
-
-
-def render(edits: Iterable[tuple[Edit, Found]]) -> str:
-    """The input of ``iptables-restore --noflush`` that makes these changes, each table at once."""
-    lines = []
-    for change, found in edits:
-        chain = change.chain
-        lines.append(f"*{chain.table}")
-        # This makes the chain, or empties it.
-        lines.append(f":{chain.name} - [0:0]")
-        lines += [f"-D {chain.hook} {found.hook[place].text}" for place in change.delete]
-        lines += [f"-A {chain.name} {_text(rule)}" for rule in change.rules]
-        if change.jump_at is not None:
-            where = "-A" if change.at_end else "-I"
-            place = "" if change.at_end else f" {change.jump_at + 1}"
-            lines.append(f"{where} {chain.hook}{place} {_text(chain.jump)}")
-        if not change.rules:
-            lines.append(f"-X {chain.name}")
-        lines.append("COMMIT")
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _text(rule: Words) -> str:
-    """A rule of ours as iptables-save prints it."""
-    return " ".join(f'"{word}"' if " " in word else word for word in rule)

@@ -117,11 +117,12 @@ HAMMER = """
 import sys
 from ipaddress import IPv4Network
 from flanneld.masquerade.choose import choose
+from flanneld.masquerade.driver import Commands
 from flanneld.masquerade.rules import wanted
 
 network, subnet = IPv4Network("10.5.0.0/16"), IPv4Network(sys.argv[2])
 rules = wanted(network, subnet, masquerade=True, forward=True)
-driver = choose(rules, sys.argv[1] == "nftables").driver
+driver = choose(rules, sys.argv[1] == "nftables", Commands()).driver
 while True:
     driver.apply()
     print(len(driver.remove()), flush=True)

@@ -247,9 +247,10 @@ print(*remove_all(absent([IPv4Network("10.5.0.0/16")])), sep="\\n")
 REMOVE = """
 from ipaddress import IPv4Network
 from flanneld.masquerade.choose import choose
+from flanneld.masquerade.driver import Commands
 from flanneld.masquerade.rules import absent
 
-driver = choose(absent([IPv4Network("10.5.0.0/16")]), {nftables}).driver
+driver = choose(absent([IPv4Network("10.5.0.0/16")]), {nftables}, Commands()).driver
 print(*driver.remove(), sep="\\n")
 """
 

@@ -18,11 +18,9 @@ from flanneld.masquerade.rules import (
     edit,
     is_stale,
     options,
-    parse_line,
-    parse_save,
-    render,
     wanted,
 )
+from flanneld.masquerade.text import parse_line, parse_list, render, without_false_ends
 
 N = IPv4Network("10.5.0.0/16")
 S = IPv4Network("10.5.34.0/24")
@@ -49,9 +47,32 @@ COMMIT
 """
 
 
+def parsed(chain: Chain, save: str) -> Found:
+    """Return what is found of a chain when iptables-save says this."""
+    own: str | None = None
+    table, policy, hook = "", "ACCEPT", ""
+    for line in save.splitlines():
+        word = line.split(" ")[0]
+        if line.startswith("*"):
+            table = word[1:]
+        elif table != chain.table:
+            continue
+        elif word == f":{chain.name}":
+            own = f"-N {chain.name}\n"
+        elif word == f":{chain.hook}":
+            policy = line.split(" ")[1]
+        elif line.startswith(f"-A {chain.hook} "):
+            hook += f"{line}\n"
+        elif line.startswith(f"-A {chain.name} "):
+            own = f"{own or ''}{line}\n"
+    found = parse_list(chain, f"-P {chain.hook} {policy}\n{hook}", own)
+    assert found is not None
+    return found
+
+
 def payload(rules: Rules, save: str) -> str:
     """Return what iptables-restore is to be given when iptables-save says this."""
-    found = parse_save(save, rules)
+    found = {chain.table: parsed(chain, save) for chain in rules.chains}
     edits = [(edit(chain, found[chain.table]), found[chain.table]) for chain in rules.chains]
     return render((change, there) for change, there in edits if change is not None)
 
@@ -321,6 +342,50 @@ def test_a_jump_is_kept_only_where_it_is_reached(
     assert carried_out(found, text)["filter"] == {"FORWARD": expected, "FLANNEL-FWD": ours}
 
 
+LISTING = """\
+# Warning: table ip filter is managed by iptables-nft, do not touch!
+table ip filter {
+	chain FORWARD {
+		type filter hook forward priority filter; policy accept;
+		%s
+	}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("listed", "place"),
+    [
+        (["ip saddr @blocked drop"], 1),
+        (["drop"], 0),
+        (["counter drop"], 0),
+        ([" counter drop"], 0),
+        (["counter packets 3 bytes 252 drop"], 0),
+        (['/* the end */ counter packets 0 bytes 0 drop comment "x"'], 0),
+        (['xt match "comment" counter packets 0 bytes 0 xt target "REJECT"'], 0),
+        (["counter reject with icmp type host-prohibited"], 0),
+        (["reject with icmpx admin-prohibited"], 0),
+        (["reject with tcp reset"], 1),
+        (["ct state invalid drop"], 1),
+        (["meta mark 0x00000007 counter drop"], 1),
+        (["ip saddr @blocked drop", "counter drop"], 1),
+        (["counter drop", "ip saddr @blocked drop"], 2),
+        (["drop", "drop"], 0),
+    ],
+)
+def test_what_nft_lists_otherwise_is_no_end_that_drops(listed: list[str], place: int) -> None:
+    """iptables v1.8.9 shows each of these rules as ``-j DROP``."""
+    found = Found((parse_line("-j DROP"),) * len(listed))
+    found = without_false_ends(RULES.filter, found, LISTING % "\n\t\t".join(listed))
+    change = edit(RULES.filter, found)
+    assert change is not None
+    assert change.jump_at == place
+    assert blocks(RULES.filter, found) is (place < len(listed))
+    # A listing that does not fit proves nothing.
+    unknown = without_false_ends(RULES.filter, found, "nonsense")
+    assert not blocks(RULES.filter, unknown)
+
+
 def test_nftables_needs_iptables_only_while_it_drops() -> None:
     rules = RULES.forward_only()
     assert payload(rules, "") == ""
@@ -410,4 +475,8 @@ def test_from_any_state_one_step_leads_to_the_wanted_one_and_spares_all_others(
 @given(st.text(max_size=60))
 def test_no_text_upsets_the_parser(text: str) -> None:
     parse_line(text)
-    parse_save(f"*nat\n{text}\n-A POSTROUTING {text}\nCOMMIT\n", RULES)
+    parse_list(RULES.nat, text, None)
+    hook = f"-P POSTROUTING ACCEPT\n-A POSTROUTING {text}\n"
+    found = parse_list(RULES.nat, hook, f"-A FLANNEL-POSTRTG {text}")
+    assert found is not None
+    without_false_ends(RULES.filter, found, text)
