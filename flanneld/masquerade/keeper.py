@@ -14,7 +14,7 @@ from flanneld.flags import Options
 from flanneld.heartbeat import Heartbeat, Pulse
 from flanneld.masquerade.choose import Choice, choose
 from flanneld.masquerade.driver import Commands, MasqueradeError
-from flanneld.masquerade.rules import Rules, wanted
+from flanneld.masquerade.rules import Rules, instance_of, wanted
 from flanneld.retry import REPEAT, Outage
 from flanneld.signals import kept_in_this_thread
 
@@ -189,6 +189,7 @@ def keep(
         masquerade=options.ip_masq,
         forward=options.iptables_forward_rules,
         random_fully=not options.ip_masq_fully_random_disable,
+        instance=instance_of(options.subnet_file),
         former_network=former_network,
     )
     keeper = Keeper(

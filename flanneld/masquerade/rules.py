@@ -9,9 +9,12 @@ A rule is a tuple of words as iptables takes and prints them. Two rules are the 
 options are, in whatever order: see `options`.
 """
 
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
+from zlib import crc32
 
 Words = tuple[str, ...]
 Options = frozenset[Words]
@@ -23,6 +26,10 @@ FORWARD_CHAIN = "FLANNEL-FWD"
 # The comments that flannel's rules carry since v0.16.2.
 MASQ_COMMENT = "flanneld masq"
 FORWARD_COMMENT = "flanneld forward"
+
+# The subnet file unless --subnet-file names another.
+DEFAULT_FILE = "/run/flannel/subnet.env"
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]{1,200}")
 
 MULTICAST = "224.0.0.0/4"
 # Kubernetes' kube-proxy sets this bit on packets that it will masquerade itself.
@@ -36,8 +43,10 @@ _NO_CONDITION = frozenset({"-m", "--comment", "-j", "--reject-with"})
 class Chain:
     """One of our chains and the jump to it; without ``rules`` there must be neither.
 
-    ``own``: the networks of this daemon, now and formerly. Rules in the chain for a network apart
-    from them are those of a second daemon on this host; None: there is no such thing.
+    ``instance``: which daemon of this host it is, see `instance_of`. Its rules carry it in their
+    comment, after the words all flannels have there.
+    ``own``: the networks of this daemon, now and formerly. Rules of another instance, for a network
+    apart from them, are a second daemon's; None: there is no such thing.
     ``networks``: of these, rules that an original wrote straight into the hook must be gone.
     ``if_blocked``: the rules are wanted only while the hook drops what no rule accepts.
     """
@@ -47,14 +56,20 @@ class Chain:
     name: str
     comment: str
     rules: tuple[Words, ...] = ()
+    instance: str = ""
     own: tuple[IPv4Network, ...] | None = None
     networks: tuple[IPv4Network, ...] = ()
     if_blocked: bool = False
 
     @property
     def jump(self) -> Words:
-        """The one rule of ours in the hook."""
+        """The one rule of ours in the hook, which is all daemons'."""
         return (*_comment(self.comment), "-j", self.name)
+
+    @property
+    def own_comment(self) -> str:
+        """The comment of this daemon's rules in the chain."""
+        return f"{self.comment} {self.instance}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +110,7 @@ def wanted(
     masquerade: bool,
     forward: bool,
     random_fully: bool = True,
+    instance: str = "",
     former_network: IPv4Network | None = None,
 ) -> Rules:
     """The rules of a host with this subnet of this network.
@@ -105,11 +121,14 @@ def wanted(
     answers come back here. In v0.8.0's POSTROUTING a RETURN was the end of it. In a chain of its
     own only ACCEPT is: a RETURN would leave the packet to whatever masquerades behind us.
 
-    ``former_network``: the network of the last run, whose rules must go as well.
+    ``instance`` is `instance_of` the subnet file. ``former_network``: the network of the last run,
+    whose rules must go as well, whoever wrote them.
     """
     n, s = str(network), str(subnet)
-    masq = _comment(MASQ_COMMENT)
-    forw = _comment(FORWARD_COMMENT)
+    no_nat = replace(_NO_NAT, instance=instance)
+    no_forward = replace(_NO_FORWARD, instance=instance)
+    masq = _comment(no_nat.own_comment)
+    forw = _comment(no_forward.own_comment)
     translate = ("-j", "MASQUERADE", *(("--random-fully",) if random_fully else ()))
     nat: tuple[Words, ...] = (
         _KUBE_RULE,
@@ -126,9 +145,22 @@ def wanted(
     # Without --ip-masq such rules cannot be told from those that the operator wrote instead.
     old = own if masquerade else ()
     return Rules(
-        replace(_NO_NAT, rules=nat if masquerade else (), own=own, networks=old),
-        replace(_NO_FORWARD, rules=accept if forward else (), own=own, networks=old),
+        replace(no_nat, rules=nat if masquerade else (), own=own, networks=old),
+        replace(no_forward, rules=accept if forward else (), own=own, networks=old),
     )
+
+
+def instance_of(subnet_file: str) -> str:
+    """What tells the daemon with this subnet file from others on its host; empty for the default.
+
+    Each must have a file of its own. So rules of a network it had long ago are known as its own.
+    """
+    directory, name = os.path.split(os.path.abspath(subnet_file))
+    path = os.path.join(os.path.realpath(directory), name)
+    if path in (DEFAULT_FILE, os.path.realpath(DEFAULT_FILE)):
+        return ""
+    # A comment holds 255 bytes, and not all of them well.
+    return path if _PLAIN_PATH.fullmatch(path) else f"{crc32(os.fsencode(path)):08x}"
 
 
 def absent(networks: Iterable[IPv4Network] = ()) -> Rules:
@@ -225,10 +257,12 @@ def is_stale(chain: Chain, line: Line) -> bool:
 
 def _is_anothers(chain: Chain, line: Line) -> bool:
     """Whether a second daemon on this host, with a network of its own, put this into our chain."""
-    comment = options(_comment(chain.comment))
-    if chain.own is None or not comment <= line.options:
+    comments = [option[1] for option in line.options if option[0] == "--comment" and option[1:]]
+    if chain.own is None or len(comments) != 1 or comments[0] == chain.own_comment:
         return False
-    bare = line.options - comment
+    if comments[0] != chain.comment and not comments[0].startswith(f"{chain.comment} "):
+        return False
+    bare = line.options - options(_comment(comments[0]))
     sources = [option[-1] for option in bare if option[-2:-1] in (("-s",), ("-d",))]
     try:
         networks = [IPv4Network(source) for source in sources if source != MULTICAST]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from firewall import (
+    CHAIN,
     FORWARD,
     KINDS,
     LEGACY,
@@ -18,6 +19,7 @@ from firewall import (
     iptables,
     make,
     masquerade_lines,
+    nft_chain,
     restored,
     saved,
     start,
@@ -52,7 +54,8 @@ def running(make_lab: MakeLab, kind: Kind, *extra: str) -> tuple[Lab, Host, Flan
 def spoil(host: Host, kind: Kind, *rules: str) -> None:
     """Change the rules by hand: lines of iptables-restore for the nat table, or of nft."""
     if kind.nftables:
-        host.run(["nft", "-f", "-"], stdin="\n".join(rules) + "\n")
+        text = "\n".join(rules).replace(CHAIN, nft_chain(host))
+        host.run(["nft", "-f", "-"], stdin=text + "\n")
     else:
         restored(host, kind, "\n".join(["*nat", *rules, "COMMIT", ""]))
 

@@ -3,12 +3,14 @@
 import re
 from dataclasses import replace
 from ipaddress import IPv4Network
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flanneld.masquerade.nft import script
+from flanneld.flags import Options
+from flanneld.masquerade.nft import chain_of, chains, ours, script
 from flanneld.masquerade.rules import (
     Chain,
     Found,
@@ -16,11 +18,14 @@ from flanneld.masquerade.rules import (
     absent,
     blocks,
     edit,
+    instance_of,
     is_stale,
     options,
     wanted,
 )
 from flanneld.masquerade.text import parse_line, parse_list, render, without_false_ends
+
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "iptables"
 
 N = IPv4Network("10.5.0.0/16")
 S = IPv4Network("10.5.34.0/24")
@@ -111,10 +116,10 @@ def carried_out(
 
 def as_save(tables: dict[str, dict[str, list[str]]]) -> str:
     lines = []
-    for name, chains in tables.items():
+    for name, table in tables.items():
         lines.append(f"*{name}")
-        lines += [f":{chain} - [0:0]" for chain in chains]
-        lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
+        lines += [f":{chain} - [0:0]" for chain in table]
+        lines += [f"-A {chain} {rule}" for chain, rules in table.items() for rule in rules]
         lines.append("COMMIT")
     return "\n".join(lines) + "\n"
 
@@ -134,8 +139,6 @@ def test_the_text_for_nft() -> None:
     assert (
         script(RULES)
         == """\
-add table ip flannel-ipv4
-delete table ip flannel-ipv4
 table ip flannel-ipv4 {
   chain postrtg {
     type nat hook postrouting priority 100; policy accept;
@@ -148,7 +151,37 @@ table ip flannel-ipv4 {
 }
 """
     )
-    assert script(absent()) == "add table ip flannel-ipv4\ndelete table ip flannel-ipv4\n"
+    assert script(absent()) == ""
+    whole = "add table ip flannel-ipv4\ndelete table ip flannel-ipv4\n"
+    assert script(absent(), whole=True) == whole
+    assert script(RULES, whole=True) == whole + script(RULES)
+    assert (
+        script(absent(), ["old"])
+        == """\
+add table ip flannel-ipv4
+add chain ip flannel-ipv4 old
+flush chain ip flannel-ipv4 old
+delete chain ip flannel-ipv4 old
+"""
+    )
+
+
+def test_which_chains_of_the_table_are_ours() -> None:
+    fixture = (FIXTURES / "v0289-nftables-constructed.txt").read_text()
+    there = chains(fixture)
+    assert sorted(there) == ["forward", "postrtg"]
+    assert there["forward"].endswith("\t\tip daddr 10.5.0.0/16 accept\n")
+    assert ours(RULES, there) == ["forward", "postrtg"]
+    far = IPv4Network("110.5.0.0/16")
+    assert ours(wanted(far, far, masquerade=True, forward=True), there) == ["postrtg"]
+    second = wanted(far, far, masquerade=True, forward=True, instance="/b.env")
+    assert ours(second, there) == []
+    assert ours(absent(), there) == ["forward", "postrtg"]
+    moved = wanted(far, far, masquerade=True, forward=True, instance="/b.env", former_network=N)
+    assert ours(moved, there) == ["forward", "postrtg"]
+    own = chain_of(second)
+    assert re.fullmatch(r"postrtg-[0-9a-f]{8}", own)
+    assert ours(second, {own: "", "postrtg-1": ""}) == [own]
 
 
 def test_without_random_fully() -> None:
@@ -249,36 +282,79 @@ def test_of_forward_rules_only_those_with_the_comment_are_recognised() -> None:
 # --- a second daemon on the host
 
 
-def test_two_daemons_with_networks_of_their_own_share_the_chains() -> None:
+def test_the_subnet_file_tells_daemons_apart(tmp_path: Path) -> None:
+    assert instance_of(Options().subnet_file) == ""
+    assert instance_of("/run/flannel/../flannel//subnet.env") == ""
+    assert instance_of("/run/flannel/second.env") == "/run/flannel/second.env"
+    (tmp_path / "link").symlink_to("/run/flannel")
+    assert instance_of(f"{tmp_path}/link/subnet.env") == ""
+    for path in ('/a "quoted" name', f"/{'long/' * 50}", "/\n-j DROP", "/\udcff"):
+        assert re.fullmatch(r"[0-9a-f]{8}", instance_of(path))
+
+
+def test_a_second_daemon_has_its_subnet_file_in_its_comments() -> None:
+    second = wanted(N, S, masquerade=True, forward=True, instance="/b.env")
+    expected = re.sub(
+        r'^(-A FLANNEL.* -[sd] .*flanneld \w+)"', r'\1 /b.env"', FROM_NOTHING, flags=re.M
+    )
+    assert expected.count("/b.env") == 4 + 2
+    assert payload(second, "") == expected
+    # One and the same daemon with another file, before and after.
+    assert payload(second, expected) == payload(RULES, FROM_NOTHING) == ""
+    empty: dict[str, dict[str, list[str]]] = {"nat": {"POSTROUTING": []}, "filter": {"FORWARD": []}}
+    for rules, other in ((RULES, second), (second, RULES)):
+        one = carried_out(empty, payload(rules, ""))
+        moved = carried_out(one, payload(other, as_save(one)))
+        assert moved == carried_out(empty, payload(other, ""))
+
+
+@pytest.mark.parametrize("instance", ["", "/b.env"])
+def test_rules_of_a_network_that_nobody_remembers_go(instance: str) -> None:
+    """The daemon ended before it could write the new rules, but after the subnet file."""
+    lost = IPv4Network("10.66.0.0/16")
+    before = wanted(lost, lost, masquerade=True, forward=True, instance=instance)
+    after = wanted(N, S, masquerade=True, forward=True, instance=instance)
+    empty: dict[str, dict[str, list[str]]] = {"nat": {"POSTROUTING": []}, "filter": {"FORWARD": []}}
+    old = carried_out(empty, payload(before, ""))
+    assert carried_out(old, payload(after, as_save(old))) == carried_out(empty, payload(after, ""))
+
+
+@pytest.mark.parametrize("instances", [("", "/b.env"), ("/b.env", ""), ("/a.env", "/b.env")])
+def test_two_daemons_with_networks_of_their_own_share_the_chains(
+    instances: tuple[str, str],
+) -> None:
+    mine, theirs = instances
+    rules = wanted(N, S, masquerade=True, forward=True, instance=mine)
     other = wanted(
-        IPv4Network("10.9.0.0/16"), IPv4Network("10.9.7.0/24"), masquerade=True, forward=True
+        IPv4Network("10.9.0.0/16"),
+        IPv4Network("10.9.7.0/24"),
+        masquerade=True,
+        forward=True,
+        instance=theirs,
     )
     empty: dict[str, dict[str, list[str]]] = {"nat": {"POSTROUTING": []}, "filter": {"FORWARD": []}}
-    one = carried_out(empty, payload(RULES, ""))
+    one = carried_out(empty, payload(rules, ""))
     both = carried_out(one, payload(other, as_save(one)))
-    assert payload(RULES, as_save(both)) == payload(other, as_save(both)) == ""
+    assert payload(rules, as_save(both)) == payload(other, as_save(both)) == ""
     assert len(both["nat"]["FLANNEL-POSTRTG"]) == 1 + 4 + 4
     assert len(both["filter"]["FLANNEL-FWD"]) == 2 + 2
     # What is wrong of one's own is mended, and the other's stays.
     torn = carried_out(both, "*nat\n-D FLANNEL-POSTRTG " + both["nat"]["FLANNEL-POSTRTG"][2])
-    text = payload(RULES, as_save(torn)) or payload(other, as_save(torn))
+    text = payload(rules, as_save(torn)) or payload(other, as_save(torn))
     mended = carried_out(torn, text)
-    assert payload(RULES, as_save(mended)) == payload(other, as_save(mended)) == ""
+    assert payload(rules, as_save(mended)) == payload(other, as_save(mended)) == ""
     # One that wants no rules any more takes its own away only, the last one the chains.
-    none = wanted(N, S, masquerade=False, forward=False)
+    none = wanted(N, S, masquerade=False, forward=False, instance=mine)
     left = carried_out(both, payload(none, as_save(both)))
     assert payload(other, as_save(left)) == payload(none, as_save(left)) == ""
     assert "10.5." not in as_save(left)
-    last = replace_networks(none, IPv4Network("10.9.0.0/16"))
+    last = other.nothing()
     assert carried_out(left, payload(last, as_save(left))) == empty
     # A former network of one's own is no second daemon's, and everything can be removed.
-    moved = wanted(N, S, masquerade=True, forward=True, former_network=other.nat.networks[0])
+    network = other.nat.networks[0]
+    moved = wanted(N, S, masquerade=True, forward=True, instance=mine, former_network=network)
     assert "10.9." not in as_save(carried_out(both, payload(moved, as_save(both))))
     assert carried_out(both, payload(absent(), as_save(both))) == empty
-
-
-def replace_networks(rules: Rules, network: IPv4Network) -> Rules:
-    return Rules(replace(rules.nat, own=(network,)), replace(rules.filter, own=(network,)))
 
 
 # --- where the jump goes
