@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from flanneld.masquerade.driver import (
     LEGACY,
@@ -16,7 +17,7 @@ from flanneld.masquerade.driver import (
 )
 from flanneld.masquerade.nft import NftDriver
 from flanneld.masquerade.restore import RestoreDriver
-from flanneld.masquerade.rules import Rules
+from flanneld.masquerade.rules import FILTER, NAT, Rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def choose(rules: Rules, enable_nftables: bool, commands: Commands) -> Choice:
 
 
 def removals(rules: Rules) -> list[Callable[[], list[str]]]:
-    """Steps that remove flannel's rules, each through one driver there is; they return what was.
+    """Steps that remove flannel's rules, through each driver there is; they return what was there.
 
     ``rules`` are `rules.absent` of the networks whose old rules are to go as well. Each may raise
     MasqueradeError, which does not concern the others.
@@ -82,7 +83,8 @@ def removals(rules: Rules) -> list[Callable[[], list[str]]]:
         except MasqueradeError as error:
             steps.append(_failing(error))
         else:
-            steps.append(RestoreDriver(host, rules, commands).remove)
+            restore = RestoreDriver(host, rules, commands)
+            steps += (partial(restore.remove_from, table) for table in (NAT, FILTER))
     return steps + _other_variants(host, rules, commands)
 
 

@@ -5,6 +5,7 @@ legacy one where python-iptables cannot be loaded.
 """
 
 import logging
+from collections.abc import Sequence
 
 from flanneld.masquerade.driver import (
     LEGACY,
@@ -17,7 +18,7 @@ from flanneld.masquerade.driver import (
     find,
     legacy_tables,
 )
-from flanneld.masquerade.rules import FILTER, Chain, Edit, Found, Rules, blocks, edit
+from flanneld.masquerade.rules import FILTER, NAT, Chain, Edit, Found, Rules, blocks, edit
 from flanneld.masquerade.text import parse_list, render, without_false_ends
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class RestoreDriver:
     def supported(self) -> Verdict:
         """Whether some of the rules can be kept; nothing is written."""
         try:
-            _, unreadable = self._edits(self._rules)
+            _, unreadable = self._edits(self._rules.chains)
         except MasqueradeError as error:
             return Verdict(False, str(error))
         if unreadable and len(unreadable) == sum(bool(each.rules) for each in self._rules.chains):
@@ -59,26 +60,30 @@ class RestoreDriver:
 
     def check(self) -> bool:
         """Four calls of iptables, each of which lists one chain: a host may have 30,000 rules."""
-        edits, unreadable = self._edits(self._rules)
+        edits, unreadable = self._edits(self._rules.chains)
         if unreadable and not edits:
             raise unreadable[0]
         return not edits
 
     def apply(self) -> None:
         """One call of iptables-restore, if anything is to change."""
-        self._make(self._rules)
+        self._make(self._rules.chains)
 
     def remove(self) -> list[str]:
         """Our rules, chains and jumps, and what an original left of the networks."""
-        there = self._make(self._rules.nothing())
-        return [line for change, found in there for line in describe(change, found)]
+        return [line for table in (NAT, FILTER) for line in self.remove_from(table)]
 
-    def _make(self, rules: Rules) -> list[tuple[Edit, Found]]:
+    def remove_from(self, table: str) -> list[str]:
+        """The same for one table."""
+        chains = [chain for chain in self._rules.nothing().chains if chain.table == table]
+        return [line for edit_found in self._make(chains) for line in describe(*edit_found)]
+
+    def _make(self, chains: Sequence[Chain]) -> list[tuple[Edit, Found]]:
         """Make them so; returns what was done."""
         command = [self._iptables.restore, "--noflush", *self._wait]
         tries = 1
         while True:
-            edits, unreadable = self._edits(rules)
+            edits, unreadable = self._edits(chains)
             try:
                 if edits:
                     self._run(command, render(edits))
@@ -92,11 +97,13 @@ class RestoreDriver:
                 raise unreadable[0]
             return edits
 
-    def _edits(self, rules: Rules) -> tuple[list[tuple[Edit, Found]], list[MasqueradeError]]:
+    def _edits(
+        self, chains: Sequence[Chain]
+    ) -> tuple[list[tuple[Edit, Found]], list[MasqueradeError]]:
         """What is to change, and what is in the way of the rest."""
         edits: list[tuple[Edit, Found]] = []
         unreadable: list[MasqueradeError] = []
-        for chain in rules.chains:
+        for chain in chains:
             try:
                 found = self._read(chain)
             except _UnreadableError as error:
