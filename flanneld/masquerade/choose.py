@@ -1,12 +1,13 @@
 """Which driver this host's rules go through, and why."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from flanneld.masquerade.driver import (
     LEGACY,
     NF_TABLES,
+    Commands,
     Driver,
     Iptables,
     MasqueradeError,
@@ -16,7 +17,7 @@ from flanneld.masquerade.driver import (
 )
 from flanneld.masquerade.nft import NftDriver
 from flanneld.masquerade.restore import RestoreDriver
-from flanneld.masquerade.rules import Rules, absent
+from flanneld.masquerade.rules import FILTER, NAT, Rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Choice:
     others: tuple[Callable[[], list[str]], ...]
 
 
-def choose(rules: Rules, enable_nftables: bool) -> Choice:
+def choose(rules: Rules, enable_nftables: bool, commands: Commands) -> Choice:
     """The driver for these rules. Raises MasqueradeError with the reason if there is none.
 
     The rules must go where the host's other rules are: what the legacy iptables accepts, a rule
@@ -37,21 +38,21 @@ def choose(rules: Rules, enable_nftables: bool) -> Choice:
     host: Iptables | None = None
     iptables: Driver | None
     try:
-        host = find_iptables()
+        host = find_iptables(commands)
         iptables, reason = _iptables_driver(
-            host, rules.forward_only() if enable_nftables else rules
+            host, rules.forward_only() if enable_nftables else rules, commands
         )
     except MasqueradeError as error:
         iptables, reason = None, str(error)
     nft = find("nft")
-    others = _other_variants(host, rules)
+    others = _other_variants(host, rules.nothing(), commands)
     if enable_nftables:
         if nft is None:
             raise MasqueradeError(
                 "EnableNFTables is set in the network config, but nft was not found in PATH,"
                 " /usr/sbin and /sbin: install nftables, or remove the key"
             )
-        driver = NftDriver(nft, rules, iptables)
+        driver = NftDriver(nft, rules, iptables, commands)
         verdict = driver.supported()
         if not verdict.usable:
             raise MasqueradeError(verdict.reason)
@@ -60,31 +61,46 @@ def choose(rules: Rules, enable_nftables: bool) -> Choice:
     if iptables is None:
         raise MasqueradeError(reason)
     if nft is not None:
-        others.append(NftDriver(nft, absent(), None).remove_tables)
+        others.append(NftDriver(nft, rules.nothing(), None, commands).remove)
     return Choice(iptables, reason, tuple(others))
 
 
-def remove_all(rules: Rules) -> list[str]:
-    """Remove flannel's rules through every driver there is. Returns what was there.
+def removals(rules: Rules) -> list[Callable[[], list[str]]]:
+    """Steps that remove flannel's rules, through each driver there is; they return what was there.
 
-    ``rules`` are `rules.absent` of the networks whose old rules are to go as well. Raises
-    MasqueradeError if one cannot be removed.
+    ``rules`` are `rules.absent` of the networks whose old rules are to go as well. Each may raise
+    MasqueradeError, which does not concern the others.
     """
-    removed: list[str] = []
-    host: Iptables | None = None
+    commands = Commands()
+    steps: list[Callable[[], list[str]]] = []
     nft = find("nft")
     if nft is not None:
-        removed += NftDriver(nft, rules, None).remove_tables()
-    with suppress(MasqueradeError):
-        host = find_iptables()
-    if host is not None:
-        removed += RestoreDriver(host, rules).remove()
-    for remove in _other_variants(host, rules):
-        removed += remove()
-    return removed
+        steps.append(NftDriver(nft, rules, None, commands).remove)
+    host: Iptables | None = None
+    if find("iptables") is not None:
+        try:
+            host = find_iptables(commands)
+        except MasqueradeError as error:
+            steps.append(_failing(error))
+        else:
+            restore = RestoreDriver(host, rules, commands)
+            steps += (partial(restore.remove_from, table) for table in (NAT, FILTER))
+    return steps + _other_variants(host, rules, commands)
 
 
-def _iptables_driver(host: Iptables, rules: Rules) -> tuple[Driver, str]:
+def remove_all(rules: Rules) -> list[str]:
+    """All steps of `removals`. Raises MasqueradeError at the first that fails."""
+    return [line for remove in removals(rules) for line in remove()]
+
+
+def _failing(error: MasqueradeError) -> Callable[[], list[str]]:
+    def remove() -> list[str]:
+        raise error
+
+    return remove
+
+
+def _iptables_driver(host: Iptables, rules: Rules, commands: Commands) -> tuple[Driver, str]:
     why_not = ""
     if host.variant == LEGACY:
         driver, why_not = _python_iptables(host, rules)
@@ -93,7 +109,7 @@ def _iptables_driver(host: Iptables, rules: Rules) -> tuple[Driver, str]:
             if verdict.usable:
                 return driver, verdict.reason
             why_not = verdict.reason
-    restore = RestoreDriver(host, rules)
+    restore = RestoreDriver(host, rules, commands)
     verdict = restore.supported()
     if not verdict.usable:
         raise MasqueradeError(verdict.reason)
@@ -110,10 +126,11 @@ def _python_iptables(host: Iptables, rules: Rules) -> tuple[Driver | None, str]:
     return IptcDriver(host, rules), ""
 
 
-def _other_variants(host: Iptables | None, rules: Rules) -> list[Callable[[], list[str]]]:
+def _other_variants(
+    host: Iptables | None, rules: Rules, commands: Commands
+) -> list[Callable[[], list[str]]]:
     """Removers for the variants of iptables that are not the host's."""
-    gone = absent(rules.nat.networks)
-    removers = []
+    removers: list[Callable[[], list[str]]] = []
     for name, variant in (("iptables-legacy", LEGACY), ("iptables-nft", NF_TABLES)):
         if host is not None and host.variant == variant:
             continue
@@ -121,7 +138,9 @@ def _other_variants(host: Iptables | None, rules: Rules) -> list[Callable[[], li
         if (variant == LEGACY and not legacy_tables()) or find(name) is None:
             continue
         try:
-            removers.append(RestoreDriver(find_iptables(name), gone).remove)
-        except MasqueradeError:
-            continue
+            found = find_iptables(commands, name)
+        except MasqueradeError as error:
+            removers.append(_failing(error))
+        else:
+            removers.append(RestoreDriver(found, rules, commands).remove)
     return removers

@@ -13,8 +13,8 @@ from flanneld.errors import FlannelError
 from flanneld.flags import Options
 from flanneld.heartbeat import Heartbeat, Pulse
 from flanneld.masquerade.choose import Choice, choose
-from flanneld.masquerade.driver import MasqueradeError
-from flanneld.masquerade.rules import Rules, wanted
+from flanneld.masquerade.driver import Commands, MasqueradeError
+from flanneld.masquerade.rules import Rules, instance_of, wanted
 from flanneld.retry import REPEAT, Outage
 from flanneld.signals import kept_in_this_thread
 
@@ -23,8 +23,13 @@ log = logging.getLogger(__name__)
 # Seconds the start waits for the rules, at most: the lock may be held, a command hang.
 FIRST_TIMEOUT = 10.0
 
-# Seconds one round may take: a dozen commands that all wait until they are given up.
-ROUND = 120.0
+# Rules that are not there right after they were written: somebody was quick, or we cannot see them.
+# After some times in a row it pauses between two tries, as each may add one rule more.
+UNSEEN_TIMES = 3
+UNSEEN_PAUSE = 600.0
+
+# Seconds until the thread has ended once it is to.
+END_TIMEOUT = 1.0
 
 
 class Keeper:
@@ -33,8 +38,11 @@ class Keeper:
     All that touches the rules runs in one thread, `run`.
     """
 
-    def __init__(self, rules: Rules, choose: Callable[[], Choice], resync: float) -> None:
-        """``choose`` picks the driver for the rules, in the thread; ``resync`` is in seconds."""
+    def __init__(self, rules: Rules, choose: Callable[[Commands], Choice], resync: float) -> None:
+        """``choose`` picks the driver for the rules, in the thread; ``resync`` is in seconds.
+
+        The driver is to run its commands by what ``choose`` is given.
+        """
         self._rules = rules
         self._choose = choose
         self._resync = resync
@@ -44,6 +52,8 @@ class Keeper:
         self._bug = ""
         self._mended_at = -REPEAT
         self._mended = 0
+        self._unseen = 0
+        self._unseen_at = 0.0
 
     def wait_tried(self, timeout: float) -> bool:
         """Wait until the rules are in place, or could not be put there at once."""
@@ -62,18 +72,23 @@ class Keeper:
         )
         idle = not any(chain.rules for chain in self._rules.chains)
         pulse = pulse or Pulse()
+        commands = Commands(stop, pulse.beat)
         while not stop.is_set():
-            pulse.beat(self._resync + ROUND)
+            pulse.beat()
             try:
-                self._step()
+                self._step(commands)
             except FlannelError as error:
                 self._tried.set()
+                if stop.is_set():
+                    return
+                pulse.beat(self._resync)
                 outage.failed(error, stop)
             except Exception as error:
                 if repr(error) != self._bug:
                     log.exception("This is a bug, please report it with these lines")
                 self._bug = repr(error)
                 self._tried.set()
+                pulse.beat(self._resync)
                 outage.failed(repr(error), stop)
             else:
                 self._tried.set()
@@ -81,18 +96,21 @@ class Keeper:
                 if idle:
                     pulse.end()
                     return
+                pulse.beat(self._resync)
                 stop.wait(self._resync)
 
-    def _step(self) -> None:
+    def _step(self, commands: Commands) -> None:
         if self._choice is None:
-            self._begin()
-        elif not self._choice.driver.check():
+            self._begin(commands)
+        elif self._choice.driver.check():
+            self._unseen = 0
+        else:
             self._put(self._choice)
             self._say_mended()
 
-    def _begin(self) -> None:
+    def _begin(self, commands: Commands) -> None:
         try:
-            choice = self._choose()
+            choice = self._choose(commands)
         except MasqueradeError as error:
             self._say_lacking(str(error))
             return
@@ -105,18 +123,24 @@ class Keeper:
             try:
                 removed = remove()
             except MasqueradeError as error:
+                if commands.stopping:
+                    return
                 log.warning("What another driver may have left stays: %s", error)
                 continue
             for line in removed:
                 log.info("Removed what another driver left: %s", line)
 
     def _put(self, choice: Choice) -> None:
-        choice.driver.apply()
-        if not choice.driver.check():
-            raise MasqueradeError(
-                "the rules are not as they were written: something else changes them at once,"
-                f" or {choice.driver.name} shows them in a way unknown here"
-            )
+        if self._unseen < UNSEEN_TIMES or now() - self._unseen_at >= UNSEEN_PAUSE:
+            choice.driver.apply()
+            self._unseen, self._unseen_at = self._unseen + 1, now()
+        if choice.driver.check():
+            self._unseen = 0
+            return
+        raise MasqueradeError(
+            "the rules are not as they were written: something else changes them at once,"
+            f" or {choice.driver.name} shows them in a way unknown here"
+        )
 
     def _say_lacking(self, reason: str) -> None:
         """Once for each reason: a host that has no iptables may never have needed one."""
@@ -165,13 +189,24 @@ def keep(
         masquerade=options.ip_masq,
         forward=options.iptables_forward_rules,
         random_fully=not options.ip_masq_fully_random_disable,
+        instance=instance_of(options.subnet_file),
         former_network=former_network,
     )
-    keeper = Keeper(rules, lambda: choose(rules, enable_nftables), options.iptables_resync)
+    keeper = Keeper(
+        rules,
+        lambda commands: choose(rules, enable_nftables, commands),
+        options.iptables_resync,
+    )
     work = (stop, heart.pulse("masquerade"))
     thread = threading.Thread(target=keeper.run, args=work, name="masquerade", daemon=True)
     with kept_in_this_thread():
         thread.start()
     if options.ip_masq:
-        keeper.wait_tried(FIRST_TIMEOUT)
+        try:
+            keeper.wait_tried(FIRST_TIMEOUT)
+        except BaseException:
+            # The daemon is to end: so must what the thread runs.
+            stop.set()
+            thread.join(END_TIMEOUT)
+            raise
     return thread

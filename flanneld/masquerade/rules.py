@@ -9,10 +9,12 @@ A rule is a tuple of words as iptables takes and prints them. Two rules are the 
 options are, in whatever order: see `options`.
 """
 
-import shlex
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
+from zlib import crc32
 
 Words = tuple[str, ...]
 Options = frozenset[Words]
@@ -24,6 +26,10 @@ FORWARD_CHAIN = "FLANNEL-FWD"
 # The comments that flannel's rules carry since v0.16.2.
 MASQ_COMMENT = "flanneld masq"
 FORWARD_COMMENT = "flanneld forward"
+
+# The subnet file unless --subnet-file names another.
+DEFAULT_FILE = "/run/flannel/subnet.env"
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]{1,200}")
 
 MULTICAST = "224.0.0.0/4"
 # Kubernetes' kube-proxy sets this bit on packets that it will masquerade itself.
@@ -37,8 +43,10 @@ _NO_CONDITION = frozenset({"-m", "--comment", "-j", "--reject-with"})
 class Chain:
     """One of our chains and the jump to it; without ``rules`` there must be neither.
 
-    ``own``: the networks of this daemon, now and formerly. Rules in the chain for a network apart
-    from them are those of a second daemon on this host; None: there is no such thing.
+    ``instance``: which daemon of this host it is, see `instance_of`. Its rules carry it in their
+    comment, after the words all flannels have there.
+    ``own``: the networks of this daemon, now and formerly. Rules of another instance, for a network
+    apart from them, are a second daemon's; None: there is no such thing.
     ``networks``: of these, rules that an original wrote straight into the hook must be gone.
     ``if_blocked``: the rules are wanted only while the hook drops what no rule accepts.
     """
@@ -48,14 +56,20 @@ class Chain:
     name: str
     comment: str
     rules: tuple[Words, ...] = ()
+    instance: str = ""
     own: tuple[IPv4Network, ...] | None = None
     networks: tuple[IPv4Network, ...] = ()
     if_blocked: bool = False
 
     @property
     def jump(self) -> Words:
-        """The one rule of ours in the hook."""
+        """The one rule of ours in the hook, which is all daemons'."""
         return (*_comment(self.comment), "-j", self.name)
+
+    @property
+    def own_comment(self) -> str:
+        """The comment of this daemon's rules in the chain."""
+        return f"{self.comment} {self.instance}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +90,10 @@ class Rules:
         )
         return replace(self, nat=replace(self.nat, rules=kept))
 
+    def nothing(self) -> "Rules":
+        """No rules of this daemon. Those of a second one stay."""
+        return Rules(replace(self.nat, rules=()), replace(self.filter, rules=()))
+
     def forward_only(self) -> "Rules":
         """What iptables holds while nftables masquerades: at most the forward rules.
 
@@ -92,6 +110,7 @@ def wanted(
     masquerade: bool,
     forward: bool,
     random_fully: bool = True,
+    instance: str = "",
     former_network: IPv4Network | None = None,
 ) -> Rules:
     """The rules of a host with this subnet of this network.
@@ -102,11 +121,14 @@ def wanted(
     answers come back here. In v0.8.0's POSTROUTING a RETURN was the end of it. In a chain of its
     own only ACCEPT is: a RETURN would leave the packet to whatever masquerades behind us.
 
-    ``former_network``: the network of the last run, whose rules must go as well.
+    ``instance`` is `instance_of` the subnet file. ``former_network``: the network of the last run,
+    whose rules must go as well, whoever wrote them.
     """
     n, s = str(network), str(subnet)
-    masq = _comment(MASQ_COMMENT)
-    forw = _comment(FORWARD_COMMENT)
+    no_nat = replace(_NO_NAT, instance=instance)
+    no_forward = replace(_NO_FORWARD, instance=instance)
+    masq = _comment(no_nat.own_comment)
+    forw = _comment(no_forward.own_comment)
     translate = ("-j", "MASQUERADE", *(("--random-fully",) if random_fully else ()))
     nat: tuple[Words, ...] = (
         _KUBE_RULE,
@@ -123,9 +145,22 @@ def wanted(
     # Without --ip-masq such rules cannot be told from those that the operator wrote instead.
     old = own if masquerade else ()
     return Rules(
-        replace(_NO_NAT, rules=nat if masquerade else (), own=own, networks=old),
-        replace(_NO_FORWARD, rules=accept if forward else (), own=own, networks=old),
+        replace(no_nat, rules=nat if masquerade else (), own=own, networks=old),
+        replace(no_forward, rules=accept if forward else (), own=own, networks=old),
     )
+
+
+def instance_of(subnet_file: str) -> str:
+    """What tells the daemon with this subnet file from others on its host; empty for the default.
+
+    Each must have a file of its own. So rules of a network it had long ago are known as its own.
+    """
+    directory, name = os.path.split(os.path.abspath(subnet_file))
+    path = os.path.join(os.path.realpath(directory), name)
+    if path in (DEFAULT_FILE, os.path.realpath(DEFAULT_FILE)):
+        return ""
+    # A comment holds 255 bytes, and not all of them well.
+    return path if _PLAIN_PATH.fullmatch(path) else f"{crc32(os.fsencode(path)):08x}"
 
 
 def absent(networks: Iterable[IPv4Network] = ()) -> Rules:
@@ -187,9 +222,9 @@ def edit(chain: Chain, found: Found) -> Edit | None:
     as_wanted = mine == [options(rule) for rule in rules]
     rules = (*rules, *(line.words for line in others))
     jumps = [place for place, line in enumerate(found.hook) if _is_jump(chain, line)]
-    right = [place for place in jumps if found.hook[place].options == options(chain.jump)]
     stale = [place for place, line in enumerate(found.hook) if is_stale(chain, line)]
-    keep = right[:1] if rules else []
+    # Of several, a deletion by its text would take the first, wherever the right one stands.
+    keep = jumps if rules and len(jumps) == 1 and _is_right(chain, found.hook, jumps[0]) else []
     delete = sorted({*stale, *jumps}.difference(keep))
     as_wanted = as_wanted and (found.rules is not None) == bool(rules)
     if as_wanted and not delete and bool(keep) == bool(rules):
@@ -202,7 +237,7 @@ def edit(chain: Chain, found: Found) -> Edit | None:
 def blocks(chain: Chain, found: Found) -> bool:
     """Whether a packet that no rule accepts is dropped in this hook."""
     others = [line for line in found.hook if not _is_jump(chain, line)]
-    return found.policy == "DROP" or bool(others and _is_catch_all(others[-1]))
+    return found.policy == "DROP" or bool(others and is_catch_all(others[-1]))
 
 
 def is_stale(chain: Chain, line: Line) -> bool:
@@ -222,10 +257,12 @@ def is_stale(chain: Chain, line: Line) -> bool:
 
 def _is_anothers(chain: Chain, line: Line) -> bool:
     """Whether a second daemon on this host, with a network of its own, put this into our chain."""
-    comment = options(_comment(chain.comment))
-    if chain.own is None or not comment <= line.options:
+    comments = [option[1] for option in line.options if option[0] == "--comment" and option[1:]]
+    if chain.own is None or len(comments) != 1 or comments[0] == chain.own_comment:
         return False
-    bare = line.options - comment
+    if comments[0] != chain.comment and not comments[0].startswith(f"{chain.comment} "):
+        return False
+    bare = line.options - options(_comment(comments[0]))
     sources = [option[-1] for option in bare if option[-2:-1] in (("-s",), ("-d",))]
     try:
         networks = [IPv4Network(source) for source in sources if source != MULTICAST]
@@ -272,8 +309,16 @@ def _is_jump(chain: Chain, line: Line) -> bool:
     return ("-j", chain.name) in line.options or ("-g", chain.name) in line.options
 
 
-def _is_catch_all(line: Line) -> bool:
-    """Whether nothing gets past this rule."""
+def _is_right(chain: Chain, hook: Sequence[Line], place: int) -> bool:
+    """Whether this jump is as wanted, and can be reached by what the hook's other rules let by."""
+    others = [*hook[:place], *hook[place + 1 :]]
+    return hook[place].options == options(chain.jump) and (
+        chain.table != FILTER or place <= _place(chain, others)
+    )
+
+
+def is_catch_all(line: Line) -> bool:
+    """Whether nothing gets past this rule, as far as its options say."""
     targets = {option[1:] for option in line.options if option[0] == "-j"}
     return targets in ({("DROP",)}, {("REJECT",)}) and all(
         option[0] in _NO_CONDITION and (option[0] != "-m" or option[1:] == ("comment",))
@@ -289,7 +334,7 @@ def _place(chain: Chain, hook: Sequence[Line]) -> int:
     """
     last = len(hook)
     if chain.table == FILTER:
-        while last and _is_catch_all(hook[last - 1]):
+        while last and is_catch_all(hook[last - 1]):
             last -= 1
     return last
 
@@ -312,70 +357,3 @@ def split(words: Sequence[str]) -> list[Words]:
         else:
             found[-1] = (*found[-1], word)
     return found
-
-
-def parse_line(text: str) -> Line:
-    """A rule as iptables-save prints it, without ``-A HOOK``.
-
-    Quoted words are taken apart only where ours could be meant: a foreign comment may be anything.
-    """
-    try:
-        words = shlex.split(text) if '"' in text else text.split()
-    except ValueError:
-        return Line(frozenset({(text,)}), (text,), text)
-    return Line(options(words), tuple(words), text)
-
-
-def parse_save(text: str, rules: Rules) -> dict[str, Found]:
-    """What iptables-save says about our chains and their hooks, by table."""
-    chains = {chain.table: chain for chain in rules.chains}
-    hook: dict[str, list[Line]] = {table: [] for table in chains}
-    own: dict[str, list[Line]] = {}
-    policy = dict.fromkeys(chains, "ACCEPT")
-    chain: Chain | None = None
-    # Not splitlines, which knows more line ends than one: a foreign comment may hold them.
-    for line in text.split("\n"):
-        if line.startswith("*"):
-            chain = chains.get(line[1:].strip())
-        elif chain is None:
-            continue
-        elif line.startswith(":"):
-            name, _, rest = line[1:].partition(" ")
-            if name == chain.name:
-                own.setdefault(chain.table, [])
-            elif name == chain.hook:
-                policy[chain.table] = rest.partition(" ")[0]
-        elif line.startswith(f"-A {chain.hook} "):
-            hook[chain.table].append(parse_line(line[len(chain.hook) + 4 :]))
-        elif line.startswith(f"-A {chain.name} "):
-            rule = parse_line(line[len(chain.name) + 4 :])
-            own.setdefault(chain.table, []).append(rule)
-    return {
-        table: Found(tuple(hook[table]), policy[table], tuple(own[table]) if table in own else None)
-        for table in chains
-    }
-
-
-def render(edits: Iterable[tuple[Edit, Found]]) -> str:
-    """The input of ``iptables-restore --noflush`` that makes these changes, each table at once."""
-    lines = []
-    for change, found in edits:
-        chain = change.chain
-        lines.append(f"*{chain.table}")
-        # This makes the chain, or empties it.
-        lines.append(f":{chain.name} - [0:0]")
-        lines += [f"-D {chain.hook} {found.hook[place].text}" for place in change.delete]
-        lines += [f"-A {chain.name} {_text(rule)}" for rule in change.rules]
-        if change.jump_at is not None:
-            where = "-A" if change.at_end else "-I"
-            place = "" if change.at_end else f" {change.jump_at + 1}"
-            lines.append(f"{where} {chain.hook}{place} {_text(chain.jump)}")
-        if not change.rules:
-            lines.append(f"-X {chain.name}")
-        lines.append("COMMIT")
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _text(rule: Words) -> str:
-    """A rule of ours as iptables-save prints it."""
-    return " ".join(f'"{word}"' if " " in word else word for word in rule)

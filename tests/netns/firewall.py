@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
+from zlib import crc32
 
 from network import PATIENCE, MakeLab, put_config
 
@@ -14,6 +15,7 @@ from lab.process import environment
 MASQ = "FLANNEL-POSTRTG"
 FORWARD = "FLANNEL-FWD"
 TOP = Path(__file__).parent.parent.parent
+CHAIN = "postrtg"
 TABLE = ["table", "ip", "flannel-ipv4"]
 
 
@@ -84,8 +86,12 @@ def iptables(host: Host, kind: Kind, *words: str) -> str:
 
 
 def saved(host: Host, kind: Kind, table: str) -> list[str]:
-    """Return the rules and own chains of a table, as iptables-save prints them."""
+    """Return the rules and own chains of a table, as iptables-save prints them.
+
+    But without the subnet file in our comments, as it is with the default one.
+    """
     text = host.run([f"iptables-{kind.variant}-save", "-t", table]).stdout
+    text = text.replace(f' {host.subnet_file}"', '"')
     return [
         line
         for line in text.splitlines()
@@ -99,8 +105,17 @@ def restored(host: Host, kind: Kind, text: str) -> None:
 
 
 def table_text(host: Host) -> str:
-    """Return our table of nftables; empty if there is none."""
-    return host.run(["nft", "--stateless", "list", *TABLE], check=False).stdout
+    """Return our table of nftables; empty if there is none.
+
+    The chain's name is as with the default subnet file.
+    """
+    text = host.run(["nft", "--stateless", "list", *TABLE], check=False).stdout
+    return text.replace(nft_chain(host), CHAIN)
+
+
+def nft_chain(host: Host) -> str:
+    """Return the name of our chain of nftables for the host's subnet file."""
+    return f"{CHAIN}-{crc32(str(host.subnet_file).encode()):08x}"
 
 
 def masquerade_lines(subnet: object, network: str = "10.5.0.0/16") -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from firewall import (
+    CHAIN,
     FORWARD,
     KINDS,
     LEGACY,
@@ -18,6 +19,7 @@ from firewall import (
     iptables,
     make,
     masquerade_lines,
+    nft_chain,
     restored,
     saved,
     start,
@@ -52,7 +54,8 @@ def running(make_lab: MakeLab, kind: Kind, *extra: str) -> tuple[Lab, Host, Flan
 def spoil(host: Host, kind: Kind, *rules: str) -> None:
     """Change the rules by hand: lines of iptables-restore for the nat table, or of nft."""
     if kind.nftables:
-        host.run(["nft", "-f", "-"], stdin="\n".join(rules) + "\n")
+        text = "\n".join(rules).replace(CHAIN, nft_chain(host))
+        host.run(["nft", "-f", "-"], stdin=text + "\n")
     else:
         restored(host, kind, "\n".join(["*nat", *rules, "COMMIT", ""]))
 
@@ -117,11 +120,12 @@ HAMMER = """
 import sys
 from ipaddress import IPv4Network
 from flanneld.masquerade.choose import choose
+from flanneld.masquerade.driver import Commands
 from flanneld.masquerade.rules import wanted
 
 network, subnet = IPv4Network("10.5.0.0/16"), IPv4Network(sys.argv[2])
 rules = wanted(network, subnet, masquerade=True, forward=True)
-driver = choose(rules, sys.argv[1] == "nftables").driver
+driver = choose(rules, sys.argv[1] == "nftables", Commands()).driver
 while True:
     driver.apply()
     print(len(driver.remove()), flush=True)

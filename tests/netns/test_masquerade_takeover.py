@@ -1,6 +1,7 @@
 """What a former flanneld left on the host is recognised: an original's, another driver's."""
 
 import fcntl
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from firewall import (
     LEGACY,
     NFTABLES,
     RESTORE,
+    TABLE,
     Kind,
     commands,
     configure,
@@ -17,6 +19,7 @@ from firewall import (
     iptables,
     make,
     masquerade_lines,
+    nft_text,
     restored,
     saved,
     start,
@@ -237,6 +240,72 @@ def test_two_daemons_on_one_host_share_the_chains(make_lab: MakeLab, kind: Kind)
     wait_forward(host, kind, forward_lines())
 
 
+def test_two_daemons_on_one_host_share_the_table_of_nftables(make_lab: MakeLab) -> None:
+    lab = make(make_lab, NFTABLES)
+    host = lab.hosts[0]
+    second = host.directory / "second.env"
+    flags = ["--etcd-prefix=/second", f"--subnet-file={second}", "--iptables-resync=1"]
+
+    def configure_second(**keys: object) -> None:
+        config = {"Network": "10.9.0.0/16", "Backend": {"Type": "host-gw"}, **keys}
+        with client_of(lab) as client:
+            client.put("/second/config", json.dumps(config))
+
+    def at_rest() -> None:
+        with pytest.raises(AssertionError):
+            eventually(lambda: handles() != settled, 2.5, "a change")
+
+    def handles() -> str:
+        """The table with the numbers that a rule or chain written anew does not have."""
+        return host.run(["nft", "--stateless", "--handle", "list", *TABLE]).stdout
+
+    configure_second(EnableNFTables=True)
+    one = start(host, NFTABLES, "--ip-masq", "--iptables-resync=1")
+    two = start(host, NFTABLES, "--ip-masq", *flags)
+    eventually(lambda: "10.9.0.0/16" in table_text(host), PATIENCE, "both")
+    assert nft_text(one.subnet())[:-2] in table_text(host)
+    settled = handles()
+    at_rest()
+    # One that has no --ip-masq takes away its own, and so does one that goes over to iptables.
+    two.terminate()
+    two = start(host, NFTABLES, *flags)
+    wait_in_place(host, NFTABLES, one.subnet())
+    settled = handles()
+    at_rest()
+    two.terminate()
+    start(host, NFTABLES, "--ip-masq", *flags).terminate()
+    assert "10.9.0.0/16" in table_text(host)
+    configure_second()
+    start(host, RESTORE, "--ip-masq", *flags)
+    eventually(lambda: table_text(host) == nft_text(one.subnet()), PATIENCE, "one's alone")
+    settled = handles()
+    at_rest()
+
+
+@pytest.mark.parametrize("kind", [RESTORE, NFTABLES], ids=str)
+def test_another_network_while_rules_could_not_be_written_replaces_the_old_ones(
+    make_lab: MakeLab, kind: Kind
+) -> None:
+    """By then nothing names the old network, and a second daemon would have one of its own."""
+    lab = make(make_lab, kind)
+    host = lab.hosts[0]
+    daemon = start(host, kind, "--ip-masq")
+    wait_in_place(host, kind, daemon.subnet())
+    daemon.terminate()
+    configure(lab, kind, Network="10.66.0.0/16")
+    daemon = without_tools(lab, "--ip-masq").start()
+    daemon.wait_ready(2 * PATIENCE)
+    daemon.terminate()
+    assert "FLANNEL_NETWORK=10.66.0.0/16" in host.subnet_file.read_text()
+    daemon = start(host, kind, "--ip-masq")
+    if kind.nftables:
+        expected = nft_text(daemon.subnet(), "10.66.0.0/16")
+        eventually(lambda: table_text(host) == expected, PATIENCE, "the new rules alone")
+    else:
+        assert saved(host, kind, "nat") == masquerade_lines(daemon.subnet(), "10.66.0.0/16")
+        wait_forward(host, kind, forward_lines("10.66.0.0/16"))
+
+
 REMOVE_ALL = """
 from ipaddress import IPv4Network
 from flanneld.masquerade.choose import remove_all
@@ -247,9 +316,10 @@ print(*remove_all(absent([IPv4Network("10.5.0.0/16")])), sep="\\n")
 REMOVE = """
 from ipaddress import IPv4Network
 from flanneld.masquerade.choose import choose
+from flanneld.masquerade.driver import Commands
 from flanneld.masquerade.rules import absent
 
-driver = choose(absent([IPv4Network("10.5.0.0/16")]), {nftables}).driver
+driver = choose(absent([IPv4Network("10.5.0.0/16")]), {nftables}, Commands()).driver
 print(*driver.remove(), sep="\\n")
 """
 

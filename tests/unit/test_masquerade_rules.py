@@ -3,12 +3,14 @@
 import re
 from dataclasses import replace
 from ipaddress import IPv4Network
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flanneld.masquerade.nft import script
+from flanneld.flags import Options
+from flanneld.masquerade.nft import chain_of, chains, ours, script
 from flanneld.masquerade.rules import (
     Chain,
     Found,
@@ -16,13 +18,14 @@ from flanneld.masquerade.rules import (
     absent,
     blocks,
     edit,
+    instance_of,
     is_stale,
     options,
-    parse_line,
-    parse_save,
-    render,
     wanted,
 )
+from flanneld.masquerade.text import parse_line, parse_list, render, without_false_ends
+
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "iptables"
 
 N = IPv4Network("10.5.0.0/16")
 S = IPv4Network("10.5.34.0/24")
@@ -49,9 +52,32 @@ COMMIT
 """
 
 
+def parsed(chain: Chain, save: str) -> Found:
+    """Return what is found of a chain when iptables-save says this."""
+    own: str | None = None
+    table, policy, hook = "", "ACCEPT", ""
+    for line in save.splitlines():
+        word = line.split(" ")[0]
+        if line.startswith("*"):
+            table = word[1:]
+        elif table != chain.table:
+            continue
+        elif word == f":{chain.name}":
+            own = f"-N {chain.name}\n"
+        elif word == f":{chain.hook}":
+            policy = line.split(" ")[1]
+        elif line.startswith(f"-A {chain.hook} "):
+            hook += f"{line}\n"
+        elif line.startswith(f"-A {chain.name} "):
+            own = f"{own or ''}{line}\n"
+    found = parse_list(chain, f"-P {chain.hook} {policy}\n{hook}", own)
+    assert found is not None
+    return found
+
+
 def payload(rules: Rules, save: str) -> str:
     """Return what iptables-restore is to be given when iptables-save says this."""
-    found = parse_save(save, rules)
+    found = {chain.table: parsed(chain, save) for chain in rules.chains}
     edits = [(edit(chain, found[chain.table]), found[chain.table]) for chain in rules.chains]
     return render((change, there) for change, there in edits if change is not None)
 
@@ -90,10 +116,10 @@ def carried_out(
 
 def as_save(tables: dict[str, dict[str, list[str]]]) -> str:
     lines = []
-    for name, chains in tables.items():
+    for name, table in tables.items():
         lines.append(f"*{name}")
-        lines += [f":{chain} - [0:0]" for chain in chains]
-        lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
+        lines += [f":{chain} - [0:0]" for chain in table]
+        lines += [f"-A {chain} {rule}" for chain, rules in table.items() for rule in rules]
         lines.append("COMMIT")
     return "\n".join(lines) + "\n"
 
@@ -113,8 +139,6 @@ def test_the_text_for_nft() -> None:
     assert (
         script(RULES)
         == """\
-add table ip flannel-ipv4
-delete table ip flannel-ipv4
 table ip flannel-ipv4 {
   chain postrtg {
     type nat hook postrouting priority 100; policy accept;
@@ -127,7 +151,37 @@ table ip flannel-ipv4 {
 }
 """
     )
-    assert script(absent()) == "add table ip flannel-ipv4\ndelete table ip flannel-ipv4\n"
+    assert script(absent()) == ""
+    whole = "add table ip flannel-ipv4\ndelete table ip flannel-ipv4\n"
+    assert script(absent(), whole=True) == whole
+    assert script(RULES, whole=True) == whole + script(RULES)
+    assert (
+        script(absent(), ["old"])
+        == """\
+add table ip flannel-ipv4
+add chain ip flannel-ipv4 old
+flush chain ip flannel-ipv4 old
+delete chain ip flannel-ipv4 old
+"""
+    )
+
+
+def test_which_chains_of_the_table_are_ours() -> None:
+    fixture = (FIXTURES / "v0289-nftables-constructed.txt").read_text()
+    there = chains(fixture)
+    assert sorted(there) == ["forward", "postrtg"]
+    assert there["forward"].endswith("\t\tip daddr 10.5.0.0/16 accept\n")
+    assert ours(RULES, there) == ["forward", "postrtg"]
+    far = IPv4Network("110.5.0.0/16")
+    assert ours(wanted(far, far, masquerade=True, forward=True), there) == ["postrtg"]
+    second = wanted(far, far, masquerade=True, forward=True, instance="/b.env")
+    assert ours(second, there) == []
+    assert ours(absent(), there) == ["forward", "postrtg"]
+    moved = wanted(far, far, masquerade=True, forward=True, instance="/b.env", former_network=N)
+    assert ours(moved, there) == ["forward", "postrtg"]
+    own = chain_of(second)
+    assert re.fullmatch(r"postrtg-[0-9a-f]{8}", own)
+    assert ours(second, {own: "", "postrtg-1": ""}) == [own]
 
 
 def test_without_random_fully() -> None:
@@ -228,36 +282,79 @@ def test_of_forward_rules_only_those_with_the_comment_are_recognised() -> None:
 # --- a second daemon on the host
 
 
-def test_two_daemons_with_networks_of_their_own_share_the_chains() -> None:
+def test_the_subnet_file_tells_daemons_apart(tmp_path: Path) -> None:
+    assert instance_of(Options().subnet_file) == ""
+    assert instance_of("/run/flannel/../flannel//subnet.env") == ""
+    assert instance_of("/run/flannel/second.env") == "/run/flannel/second.env"
+    (tmp_path / "link").symlink_to("/run/flannel")
+    assert instance_of(f"{tmp_path}/link/subnet.env") == ""
+    for path in ('/a "quoted" name', f"/{'long/' * 50}", "/\n-j DROP", "/\udcff"):
+        assert re.fullmatch(r"[0-9a-f]{8}", instance_of(path))
+
+
+def test_a_second_daemon_has_its_subnet_file_in_its_comments() -> None:
+    second = wanted(N, S, masquerade=True, forward=True, instance="/b.env")
+    expected = re.sub(
+        r'^(-A FLANNEL.* -[sd] .*flanneld \w+)"', r'\1 /b.env"', FROM_NOTHING, flags=re.M
+    )
+    assert expected.count("/b.env") == 4 + 2
+    assert payload(second, "") == expected
+    # One and the same daemon with another file, before and after.
+    assert payload(second, expected) == payload(RULES, FROM_NOTHING) == ""
+    empty: dict[str, dict[str, list[str]]] = {"nat": {"POSTROUTING": []}, "filter": {"FORWARD": []}}
+    for rules, other in ((RULES, second), (second, RULES)):
+        one = carried_out(empty, payload(rules, ""))
+        moved = carried_out(one, payload(other, as_save(one)))
+        assert moved == carried_out(empty, payload(other, ""))
+
+
+@pytest.mark.parametrize("instance", ["", "/b.env"])
+def test_rules_of_a_network_that_nobody_remembers_go(instance: str) -> None:
+    """The daemon ended before it could write the new rules, but after the subnet file."""
+    lost = IPv4Network("10.66.0.0/16")
+    before = wanted(lost, lost, masquerade=True, forward=True, instance=instance)
+    after = wanted(N, S, masquerade=True, forward=True, instance=instance)
+    empty: dict[str, dict[str, list[str]]] = {"nat": {"POSTROUTING": []}, "filter": {"FORWARD": []}}
+    old = carried_out(empty, payload(before, ""))
+    assert carried_out(old, payload(after, as_save(old))) == carried_out(empty, payload(after, ""))
+
+
+@pytest.mark.parametrize("instances", [("", "/b.env"), ("/b.env", ""), ("/a.env", "/b.env")])
+def test_two_daemons_with_networks_of_their_own_share_the_chains(
+    instances: tuple[str, str],
+) -> None:
+    mine, theirs = instances
+    rules = wanted(N, S, masquerade=True, forward=True, instance=mine)
     other = wanted(
-        IPv4Network("10.9.0.0/16"), IPv4Network("10.9.7.0/24"), masquerade=True, forward=True
+        IPv4Network("10.9.0.0/16"),
+        IPv4Network("10.9.7.0/24"),
+        masquerade=True,
+        forward=True,
+        instance=theirs,
     )
     empty: dict[str, dict[str, list[str]]] = {"nat": {"POSTROUTING": []}, "filter": {"FORWARD": []}}
-    one = carried_out(empty, payload(RULES, ""))
+    one = carried_out(empty, payload(rules, ""))
     both = carried_out(one, payload(other, as_save(one)))
-    assert payload(RULES, as_save(both)) == payload(other, as_save(both)) == ""
+    assert payload(rules, as_save(both)) == payload(other, as_save(both)) == ""
     assert len(both["nat"]["FLANNEL-POSTRTG"]) == 1 + 4 + 4
     assert len(both["filter"]["FLANNEL-FWD"]) == 2 + 2
     # What is wrong of one's own is mended, and the other's stays.
     torn = carried_out(both, "*nat\n-D FLANNEL-POSTRTG " + both["nat"]["FLANNEL-POSTRTG"][2])
-    text = payload(RULES, as_save(torn)) or payload(other, as_save(torn))
+    text = payload(rules, as_save(torn)) or payload(other, as_save(torn))
     mended = carried_out(torn, text)
-    assert payload(RULES, as_save(mended)) == payload(other, as_save(mended)) == ""
+    assert payload(rules, as_save(mended)) == payload(other, as_save(mended)) == ""
     # One that wants no rules any more takes its own away only, the last one the chains.
-    none = wanted(N, S, masquerade=False, forward=False)
+    none = wanted(N, S, masquerade=False, forward=False, instance=mine)
     left = carried_out(both, payload(none, as_save(both)))
     assert payload(other, as_save(left)) == payload(none, as_save(left)) == ""
     assert "10.5." not in as_save(left)
-    last = replace_networks(none, IPv4Network("10.9.0.0/16"))
+    last = other.nothing()
     assert carried_out(left, payload(last, as_save(left))) == empty
     # A former network of one's own is no second daemon's, and everything can be removed.
-    moved = wanted(N, S, masquerade=True, forward=True, former_network=other.nat.networks[0])
+    network = other.nat.networks[0]
+    moved = wanted(N, S, masquerade=True, forward=True, instance=mine, former_network=network)
     assert "10.9." not in as_save(carried_out(both, payload(moved, as_save(both))))
     assert carried_out(both, payload(absent(), as_save(both))) == empty
-
-
-def replace_networks(rules: Rules, network: IPv4Network) -> Rules:
-    return Rules(replace(rules.nat, own=(network,)), replace(rules.filter, own=(network,)))
 
 
 # --- where the jump goes
@@ -287,6 +384,82 @@ def test_the_jump_is_last_but_before_an_end_that_drops(forward: list[str], place
     assert change.jump_at == place
     assert blocks(RULES.filter, Found(lines)) is (place < len(forward))
     assert blocks(RULES.filter, Found(lines, "DROP"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # Behind the end it would never be reached.
+        (["-j REJECT", "JUMP"], ["JUMP", "-j REJECT"]),
+        (["-i lo -j ACCEPT", "-j DROP", "JUMP"], ["-i lo -j ACCEPT", "JUMP", "-j DROP"]),
+        (["-j DROP", "JUMP", "-j REJECT"], ["JUMP", "-j DROP", "-j REJECT"]),
+        # A deletion by its text would take the first one.
+        (["JUMP", "-j REJECT", "JUMP"], ["JUMP", "-j REJECT"]),
+        (["JUMP", "-i lo -j ACCEPT", "JUMP"], ["-i lo -j ACCEPT", "JUMP"]),
+        (["-j FLANNEL-FWD", "-i lo -j ACCEPT", "JUMP"], ["-i lo -j ACCEPT", "JUMP"]),
+        # An emergency stop in front of all others is not overruled.
+        (["-j DROP", "-i lo -j ACCEPT", "JUMP"], None),
+        (["-j DROP", "-i lo -j ACCEPT", "JUMP", "-j REJECT"], None),
+        (["JUMP", "-i lo -j ACCEPT", "-j REJECT"], None),
+    ],
+)
+def test_a_jump_is_kept_only_where_it_is_reached(
+    before: list[str], after: list[str] | None
+) -> None:
+    jump = '-m comment --comment "flanneld forward" -j FLANNEL-FWD'
+    first, expected = (
+        [rule.replace("JUMP", jump) for rule in rules] for rules in (before, after or before)
+    )
+    ours = [rule.partition(" ")[2].partition(" ")[2] for rule in FROM_NOTHING.splitlines()[11:13]]
+    chains = {"FORWARD": first, "FLANNEL-FWD": ours}
+    found: dict[str, dict[str, list[str]]] = {"nat": {"POSTROUTING": []}, "filter": chains}
+    text = payload(wanted(N, S, masquerade=False, forward=True), as_save(found))
+    assert bool(text) is (after is not None)
+    assert carried_out(found, text)["filter"] == {"FORWARD": expected, "FLANNEL-FWD": ours}
+
+
+LISTING = """\
+# Warning: table ip filter is managed by iptables-nft, do not touch!
+table ip filter {
+	chain FORWARD {
+		type filter hook forward priority filter; policy accept;
+		%s
+	}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("listed", "place"),
+    [
+        (["ip saddr @blocked drop"], 1),
+        (["drop"], 0),
+        (["counter drop"], 0),
+        ([" counter drop"], 0),
+        (["counter packets 3 bytes 252 drop"], 0),
+        (['/* the end */ counter packets 0 bytes 0 drop comment "x"'], 0),
+        (['xt match "comment" counter packets 0 bytes 0 xt target "REJECT"'], 0),
+        (["counter reject with icmp type host-prohibited"], 0),
+        (["reject with icmpx admin-prohibited"], 0),
+        (["reject with tcp reset"], 1),
+        (["ct state invalid drop"], 1),
+        (["meta mark 0x00000007 counter drop"], 1),
+        (["ip saddr @blocked drop", "counter drop"], 1),
+        (["counter drop", "ip saddr @blocked drop"], 2),
+        (["drop", "drop"], 0),
+    ],
+)
+def test_what_nft_lists_otherwise_is_no_end_that_drops(listed: list[str], place: int) -> None:
+    """iptables v1.8.9 shows each of these rules as ``-j DROP``."""
+    found = Found((parse_line("-j DROP"),) * len(listed))
+    found = without_false_ends(RULES.filter, found, LISTING % "\n\t\t".join(listed))
+    change = edit(RULES.filter, found)
+    assert change is not None
+    assert change.jump_at == place
+    assert blocks(RULES.filter, found) is (place < len(listed))
+    # A listing that does not fit proves nothing.
+    unknown = without_false_ends(RULES.filter, found, "nonsense")
+    assert not blocks(RULES.filter, unknown)
 
 
 def test_nftables_needs_iptables_only_while_it_drops() -> None:
@@ -325,6 +498,7 @@ OURS = st.sampled_from(
         '-s 10.5.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT',
     ]
 )
+CATCH_ALL = ("-j DROP", "-j REJECT")
 LINES = st.lists(FOREIGN | OURS, max_size=8)
 
 
@@ -362,8 +536,11 @@ def test_from_any_state_one_step_leads_to_the_wanted_one_and_spares_all_others(
         assert new["OTHER"] == old["OTHER"]
         spared = [rule for rule in old[chain.hook] if not of_ours(chain, rule)]
         assert [rule for rule in new[chain.hook] if not of_ours(chain, rule)] == spared
-        jumps = [rule for rule in new[chain.hook] if of_ours(chain, rule)]
+        jumps = [at for at, rule in enumerate(new[chain.hook]) if of_ours(chain, rule)]
         assert len(jumps) == bool(chain.rules)
+        if jumps and chain.table == "filter":
+            behind = new[chain.hook][jumps[0] :]
+            assert len(behind) > 1 or not spared or not spared[-1].startswith(CATCH_ALL)
         assert (chain.name in new) == bool(chain.rules)
         if chain.rules:
             assert [parse_line(rule).options for rule in new[chain.name]] == [
@@ -374,4 +551,8 @@ def test_from_any_state_one_step_leads_to_the_wanted_one_and_spares_all_others(
 @given(st.text(max_size=60))
 def test_no_text_upsets_the_parser(text: str) -> None:
     parse_line(text)
-    parse_save(f"*nat\n{text}\n-A POSTROUTING {text}\nCOMMIT\n", RULES)
+    parse_list(RULES.nat, text, None)
+    hook = f"-P POSTROUTING ACCEPT\n-A POSTROUTING {text}\n"
+    found = parse_list(RULES.nat, hook, f"-A FLANNEL-POSTRTG {text}")
+    assert found is not None
+    without_false_ends(RULES.filter, found, text)
