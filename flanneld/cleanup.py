@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from flanneld.kernel.netlink import EntrySocket
 from flanneld.kernel.state import PROTOCOL
 from flanneld.lock import InUse, lock_file, take
 from flanneld.logs import MANY
-from flanneld.masquerade.choose import remove_all
+from flanneld.masquerade.choose import removals
 from flanneld.masquerade.rules import absent
 from flanneld.subnet import env
 
@@ -48,7 +48,11 @@ def clean_up(options: Options, out: Callable[[str], object] = print) -> int:
     former = env.read_previous(path).network
     rules = absent([former] if former else [])
     removed = failed = False
-    steps = [lambda: iter(remove_all(rules)), _remove_routes, _remove_devices]
+    steps: list[Callable[[], Iterable[str]]] = [
+        *removals(rules),
+        _remove_routes,
+        _remove_devices,
+    ]
     for step in steps:
         try:
             for what in step():

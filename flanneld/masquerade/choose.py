@@ -88,11 +88,6 @@ def removals(rules: Rules) -> list[Callable[[], list[str]]]:
     return steps + _other_variants(host, rules, commands)
 
 
-def remove_all(rules: Rules) -> list[str]:
-    """All steps of `removals`. Raises MasqueradeError at the first that fails."""
-    return [line for remove in removals(rules) for line in remove()]
-
-
 def _failing(error: MasqueradeError) -> Callable[[], list[str]]:
     def remove() -> list[str]:
         raise error

@@ -308,10 +308,10 @@ def test_another_network_while_rules_could_not_be_written_replaces_the_old_ones(
 
 REMOVE_ALL = """
 from ipaddress import IPv4Network
-from flanneld.masquerade.choose import remove_all
+from flanneld.masquerade.choose import removals
 from flanneld.masquerade.rules import absent
 
-print(*remove_all(absent([IPv4Network("10.5.0.0/16")])), sep="\\n")
+print(*(line for step in removals(absent([IPv4Network("10.5.0.0/16")])) for line in step()), sep="\\n")
 """
 REMOVE = """
 from ipaddress import IPv4Network
