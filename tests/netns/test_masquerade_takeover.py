@@ -311,7 +311,8 @@ from ipaddress import IPv4Network
 from flanneld.masquerade.choose import removals
 from flanneld.masquerade.rules import absent
 
-print(*(line for step in removals(absent([IPv4Network("10.5.0.0/16")])) for line in step()), sep="\\n")
+steps = removals(absent([IPv4Network("10.5.0.0/16")]))
+print(*(line for step in steps for line in step()), sep="\\n")
 """
 REMOVE = """
 from ipaddress import IPv4Network
