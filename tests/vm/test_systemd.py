@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lab import vm
+from lab import vm, vm_image
 
 TOP = Path(__file__).resolve().parents[2]
 PREFIX = "/coreos.com/network"
@@ -133,7 +133,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vm.Machine]:
     (tree / "root").mkdir(mode=0o700)
     (tree / "root" / "etcd.py").write_text(ETCD)
     (tree / "root" / "rights.py").write_text(RIGHTS)
-    with vm.Machine(vm.build(), tree) as running:
+    with vm.Machine(vm_image.build(), tree) as running:
         yield running
 
 
