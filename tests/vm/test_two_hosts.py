@@ -59,7 +59,8 @@ def blocks(page: str, heading: str) -> list[str]:
 README = blocks("README.md", "Run it on real hosts")
 INSTALL, PUT_CONFIG, START, SERVE, VISIT, BY_HAND, DOCKER_BY_HAND = README
 REMOVE = blocks("docs/operations.md", "Remove flannel from a host")
-UPGRADE, UNINSTALL = blocks("docs/systemd.md", "Upgrade, go back, remove")
+_, NO_DOCKER = blocks("docs/systemd.md", "Install")
+UPGRADE, UNINSTALL, DOCKER_ALONE = blocks("docs/systemd.md", "Upgrade, go back, remove")
 
 
 def type_in(machine: vm.Machine, commands: str, timeout: float = 600.0) -> str:
@@ -265,16 +266,27 @@ def assert_clean(machine: vm.Machine) -> None:
     assert machine.run("ls /run/flannel").output.split() in ([], ["docker"])
 
 
+def test_docker_without_flannel(hosts: Hosts) -> None:
+    """docs/systemd.md: the drop-in can be taken away from docker."""
+    has = "systemctl show --property=DropInPaths,EnvironmentFiles docker"
+    assert "flannel" in hosts.second.ask(has)
+    type_in(hosts.second, NO_DOCKER)
+    assert "flannel" not in hosts.second.ask(has)
+    hosts.second.run("rm -r /etc/systemd/system/docker.service.d && systemctl daemon-reload")
+
+
 def test_removal(hosts: Hosts) -> None:
-    """docs/systemd.md: what is left are the settings, and docker is as it was."""
+    """docs/systemd.md: what is left are the settings, and docker can have an address of its own."""
     machine = hosts.second
     disable, remove = UNINSTALL.split("\n", 1)
     type_in(machine, f"{disable}\nflanneld --cleanup\n{remove}")
     assert_clean(machine)
     found = machine.ask(f"find {PLACES} -iname '*flannel*'").split()
     assert sorted(found) == ["/etc/default/flanneld", "/run/flannel"]
-    machine.run("systemctl restart docker", timeout=300)
+    type_in(machine, DOCKER_ALONE)
     assert "172.17.0.1/16" in machine.ask("ip -br -4 address show dev docker0")
+    # What follows gives it on the command line.
+    machine.run("rm /etc/docker/daemon.json")
 
 
 def test_without_systemd(hosts: Hosts) -> None:
