@@ -1,16 +1,12 @@
 """A whole Debian machine under qemu, for what needs a booted systemd.
 
-No KVM is needed, and no network: its one interface gets an address from qemu and leads nowhere.
-What it is made of is built once and kept under ``build/vm``: a minute the first time. Then it boots
-in some ten seconds; programs in it take three to seven times as long as outside.
+No KVM is needed, and no network: its one interface gets an address from qemu and leads nowhere, or
+is wired to that of another machine. `lab.vm_image` builds what it boots from. Then it boots in some
+ten seconds; programs in it take three to seven times as long as outside.
 """
 
 import contextlib
-import hashlib
 import json
-import platform
-import shlex
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -18,48 +14,24 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lab import needs
-from lab.process import LabError, end, environment, run, tail
+from lab.process import LabError, end, environment, tail
+from lab.vm_image import Image, make_disk
 from lab.wait import eventually
 
-# Command -> Debian package.
-PACKAGES = {
-    "qemu-system-x86_64": "qemu-system-x86",
-    "mmdebstrap": "mmdebstrap",
-    "mkfs.ext4": "e2fsprogs",
-    "depmod": "kmod",
-}
+# Seconds. On a busy machine a boot takes several times as long as on an idle one.
+BOOT = 300.0
 
-# What is installed in the machine.
-INSIDE = (
-    "systemd,systemd-sysv,dbus,udev,kmod,procps,python3,iproute2,iptables,nftables,iputils-ping,"
-    "etcd-server,docker.io,busybox-static"
-)
-
-_TOP = Path(__file__).resolve().parent.parent
-CACHE = _TOP / "build" / "vm"
-# Copied over the machine's root file system.
-_ROOT_FILES = Path(__file__).resolve().parent / "vm_root"
-_ENABLED = ("systemd-networkd", "systemd-networkd-wait-online", "lab-agent")
-
-# Seconds. On a busy machine all of it takes several times as long as on an idle one.
-BUILD, BOOT = 900.0, 300.0
+# The interface of a machine that is on no wire.
+ALONE = ("-nic", "user,restrict=on,model=virtio-net-pci")
 
 
 class NoAnswer(LabError):
     """The machine did not answer in time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A kernel and a disk to start it with."""
-
-    kernel: Path
-    disk: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,72 +42,44 @@ class Done:
     status: int
 
 
-def build() -> Image:
-    """Return the image, built if it is not there yet. Raises LabError without what it needs."""
-    problem = needs.missing(PACKAGES)
-    if problem:
-        raise LabError(problem)
-    if platform.machine() != "x86_64":
-        raise LabError(f"the machine is an x86_64 one, and this is {platform.machine()}")
-    files = sorted(path for path in _ROOT_FILES.rglob("*") if path.is_file())
-    recipe = "\n".join([INSIDE, *(path.read_text() for path in [Path(__file__), *files])])
-    home = CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    image = Image(home / "vmlinuz", home / "disk.img")
-    if not image.disk.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE, prefix="building-") as scratch:
-            _build(Path(scratch))
-            shutil.rmtree(home, ignore_errors=True)
-            (Path(scratch) / "image").rename(home)
-    return image
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A machine's name and its one interface, at one end of a wire between two machines.
 
+    The ends of the wire are two unix sockets that qemu makes; either machine may start first.
+    Nobody needs to have the address of the router: it makes this the default route's interface.
+    """
 
-def _build(scratch: Path) -> None:
-    root, image = scratch / "root", scratch / "image"
-    image.mkdir()
-    release = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    sources = Path("/etc/apt/sources.list.d/debian.sources")
-    mirror = [str(sources)] if sources.exists() else []
-    what = ["--variant=minbase", "--mode=root", f"--include={INSIDE}"]
-    run(["mmdebstrap", *what, release, str(root), *mirror], timeout=BUILD)
-    version = _add_kernel(scratch, root)
-    # Also where nothing in here may be a device: the kernel brings its own.
-    shutil.copytree(_ROOT_FILES, root, dirs_exist_ok=True)
-    run(["systemctl", f"--root={root}", "enable", *_ENABLED])
-    run(["depmod", "-b", str(root), version])
-    shutil.copy(root / "boot" / f"vmlinuz-{version}", image / "vmlinuz")
-    _make_disk(image / "disk.img", root, 1800)
+    hostname: str
+    address: IPv4Interface
+    router: IPv4Address
+    here: Path
+    there: Path
 
+    def nic(self) -> Sequence[str]:
+        """Return qemu's options for the interface."""
+        mac = "02:00:" + ":".join(f"{byte:02x}" for byte in self.address.packed)
+        local = f"local.type=unix,local.path={self.here}"
+        remote = f"remote.type=unix,remote.path={self.there}"
+        wire = ["-netdev", f"dgram,id=n0,{local},{remote}"]
+        return [*wire, "-device", f"virtio-net-pci,netdev=n0,mac={mac}"]
 
-def _add_kernel(scratch: Path, root: Path) -> str:
-    """Unpack the newest cloud kernel, which has what it boots from built in; return its version."""
-    depends = run(["apt-cache", "depends", "linux-image-cloud-amd64"]).stdout.split()
-    package = next(name for name in depends[1:] if name.startswith("linux-image-"))
-    run(
-        ["sh", "-c", f"cd {shlex.quote(str(scratch))} && apt-get download {package}"], timeout=BUILD
-    )
-    kernel = scratch / "kernel"
-    run(["dpkg-deb", "-x", str(next(scratch.glob(f"{package}_*.deb"))), str(kernel)], timeout=BUILD)
-    # Not unpacked over the root: /lib is a link there.
-    shutil.copytree(kernel / "lib" / "modules", root / "usr" / "lib" / "modules")
-    shutil.copytree(kernel / "boot", root / "boot", dirs_exist_ok=True)
-    return package.removeprefix("linux-image-")
-
-
-def _make_disk(path: Path, tree: Path, megabytes: int) -> None:
-    with path.open("wb") as file:
-        file.truncate(megabytes << 20)
-    options = ["-q", "-F", "-O", "^has_journal", "-m", "0"]
-    run(["mkfs.ext4", *options, "-d", str(tree), str(path)], timeout=BUILD)
+    def boot_options(self) -> str:
+        """Return what systemd-network-generator and systemd read from the kernel's command line."""
+        where = f"{self.address.ip}::{self.router}:{self.address.netmask}"
+        return f" systemd.hostname={self.hostname} ip={where}::enp0s1:none"
 
 
 class Machine:
     """A running machine; leaving the context ends it. The image stays as it was built."""
 
-    def __init__(self, image: Image, tree: Path, *, memory: int = 1536) -> None:
+    def __init__(
+        self, image: Image, tree: Path, *, port: Port | None = None, memory: int = 1536
+    ) -> None:
         """``tree`` is copied over the machine's root once it has booted; memory is in MiB."""
         self._image = image
         self._tree = tree
+        self._port = port
         self._memory = memory
         self._process: subprocess.Popen[bytes] | None = None
         self._answers = b""
@@ -145,7 +89,7 @@ class Machine:
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flannel-vm-")))
             self._console = scratch / "console"
-            _make_disk(scratch / "tree.img", self._tree, 512)
+            make_disk(scratch / "tree.img", self._tree, 512)
             output = stack.enter_context((scratch / "qemu.log").open("wb"))
             self._process = subprocess.Popen(
                 self._command(scratch),
@@ -182,15 +126,17 @@ class Machine:
             *("-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2"),
             *("-m", str(self._memory), "-nographic", "-nodefaults", "-snapshot"),
             *("-serial", f"file:{self._console}"),
+            # First, and so at the same place of the bus: enp0s1.
+            *(self._port.nic() if self._port else ALONE),
             *disk("d0", self._image.disk),
             *disk("d1", scratch / "tree.img"),
-            *("-nic", "user,restrict=on,model=virtio-net-pci"),
             *("-device", "virtio-rng-pci", "-device", "virtio-serial-pci"),
             *("-chardev", f"socket,id=c0,path={scratch / 'cmd'},server=on,wait=off"),
             *("-device", "virtserialport,chardev=c0,name=cmd"),
             *("-kernel", str(self._image.kernel)),
             "-append",
-            "console=ttyS0 root=/dev/nvme0n1 rw panic=-1 mitigations=off apparmor=0",
+            "console=ttyS0 root=/dev/nvme0n1 rw panic=-1 mitigations=off apparmor=0"
+            + (self._port.boot_options() if self._port else ""),
         ]
 
     def _connect(self, path: Path) -> bool:

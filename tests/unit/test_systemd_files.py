@@ -11,6 +11,7 @@ LINES = re.findall(r"^#(FLANNEL\w*)=(.*)$", TEXT, re.MULTILINE)
 
 
 def test_the_example_has_every_variable_once() -> None:
+    # A command, such as --version, in the environment has no effect.
     wanted = [flag.variable for flag in FLAGS if flag.name not in flags.COMMANDS]
     assert sorted(name for name, _ in LINES) == sorted([*wanted, "FLANNEL_OPTIONS"])
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lab import vm
+from lab import vm, vm_image
 
 TOP = Path(__file__).resolve().parents[2]
 PREFIX = "/coreos.com/network"
@@ -133,7 +133,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vm.Machine]:
     (tree / "root").mkdir(mode=0o700)
     (tree / "root" / "etcd.py").write_text(ETCD)
     (tree / "root" / "rights.py").write_text(RIGHTS)
-    with vm.Machine(vm.build(), tree) as running:
+    with vm.Machine(vm_image.build(), tree) as running:
         yield running
 
 
@@ -197,7 +197,8 @@ def test_it_has_these_rights_and_no_others(node: Node) -> None:
 def test_the_rights_are_enough_for_what_other_configs_need(node: Node) -> None:
     """A TUN device, a raw socket, another user, and rules with both kinds of iptables, whose
     modules are loaded by nobody else."""
-    assert not node.ask("lsmod | grep -w -e ip_tables -e tun | grep -v ip6").count("tun")
+    # The udp backend's test has loaded it.
+    node.run("modprobe --remove tun")
     commands = [
         "/usr/local/lib/flanneld/bin/python /root/rights.py",
         *(
