@@ -7,7 +7,7 @@ from .faults import FAULTS, MARGIN
 from .pinger import INTERVAL
 from .record import Process, Record
 from .run import DESCRIPTORS, LIFE, PERIOD, RSS_KB, THREADS, WARM_UP, at_start, calm_now
-from .world import STEADY
+from .world import RENEWAL_MINUTES, STEADY
 
 _HEAD = """\
 # Soak
@@ -29,6 +29,9 @@ more, as all of this shares one small machine). At the end memory, descriptors a
 daemon must be as at its start; faults that end daemons spare the first {steady} hosts, so that
 these show the whole time.
 
+Leases are renewed every {renewal} minutes here (`--subnet-lease-renew-margin`), so that renewals
+meet the failures, too.
+
 The same seed gives the same faults in the same order. What else happens is up to the machine, so
 two runs are not the same packet by packet.
 
@@ -46,6 +49,7 @@ def report(record: Record) -> str:
         interval=INTERVAL * 1000,
         margin=MARGIN,
         steady=STEADY,
+        renewal=RENEWAL_MINUTES,
     )
     parts = [head, _result(record), _faults(record), _memory(record)]
     return "\n".join(parts)

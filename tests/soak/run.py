@@ -157,6 +157,7 @@ def _calm(world: World) -> None:
     moment = time.monotonic()
     try:
         eventually(lambda: world.is_converged(moment), CONVERGENCE, "convergence", interval=STEP)
+        world.record.failures += world.not_renewed()
     except AssertionError as error:
         world.record.failures.append(f"at the end: {str(error).splitlines()[0]}")
     time.sleep(LATE)

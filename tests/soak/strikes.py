@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from firewall import iptables
 from network import PATIENCE, key_of
@@ -14,7 +13,7 @@ from lab import Flanneld, Host, eventually
 from lab.etcd import Etcd
 from lab.namespaces import UNDERLAY
 
-from .world import DEVICES, STEADY, World, kind_of
+from .world import DEVICES, STEADY, World, kind_of, tunnels_of
 
 GARBAGE = ("", "nonsense", "{}", "[1]", '{"PublicIP": 7}', "null", "\x00\xff")
 STRANGERS = ("foo", "10.5.7.0", "10.5.300.0-24", "192.168.1.0-24", "10.5.0.0-8", "config")
@@ -78,15 +77,9 @@ def freeze_daemon(world: World) -> Strike:
 
 def kill_tunnel(world: World) -> Strike:
     daemon = _any(world)
-    (pid,) = eventually(lambda: _tunnels(daemon), PATIENCE, "a tunnel")
+    (pid,) = eventually(lambda: tunnels_of(daemon), PATIENCE, "a tunnel")
     os.kill(pid, signal.SIGKILL)
     return Strike(daemon.host.label, host=daemon.host)
-
-
-def _tunnels(daemon: Flanneld) -> list[int]:
-    tasks = Path(f"/proc/{daemon.pid}/task")
-    pids = [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
-    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "flannel-udp\n"]
 
 
 # etcd

@@ -13,7 +13,7 @@ from typing import Any
 
 from chaos.fleet import peers_said
 from firewall import LEGACY, RESTORE, Kind, flanneld, forward_lines, in_place, saved
-from network import PATIENCE, SUBNETS_KEY, key_of, peer_routes, put_config, routes
+from network import LEASE_SECONDS, PATIENCE, SUBNETS_KEY, key_of, peer_routes, put_config, routes
 from overlay import addresses, entries, link, of_peers, start_containers
 
 from lab import Container, Flanneld, Host, Lab, LabError, eventually
@@ -26,10 +26,14 @@ from .record import Process, Record
 HOSTS = 5
 STEADY = 2
 """The daemons of this many hosts, the first ones, are never ended: they show a leak."""
+RENEWAL_MINUTES = 2
+"""Each lease is renewed so many minutes after the last time."""
 DEVICES = {"vxlan": "flannel.1", "udp": "flannel0"}
 # Subnets from 10.5.200.0 up are for leases that somebody makes up.
 _LAST_SUBNET = "10.5.99.0"
-_SAMPLE_EVERY = 1.0
+_SAMPLE_EVERY = 0.5
+# A renewal that fails is tried again after 60 s.
+_LATE_RENEWAL = 75.0
 
 
 def kind_of(host: Host) -> Kind:
@@ -112,7 +116,8 @@ class World:
         eventually(lambda: self.pinger.flows_since(since), PATIENCE, "pings on all paths")
 
     def _start(self, host: Host) -> Flanneld:
-        return flanneld(host, kind_of(host), "--ip-masq").start()
+        margin = f"--subnet-lease-renew-margin={1440 - RENEWAL_MINUTES}"
+        return flanneld(host, kind_of(host), "--ip-masq", margin).start()
 
     def _take_part(self, daemon: Flanneld) -> None:
         host = daemon.host
@@ -201,6 +206,15 @@ class World:
             assert saved(host, kind_of(host), "filter") == forward_lines()
         return True
 
+    def not_renewed(self) -> list[str]:
+        """Return the leases whose renewal is overdue: by the pause after a failure, and more."""
+        overdue = LEASE_SECONDS - RENEWAL_MINUTES * 60 - _LATE_RENEWAL
+        return [
+            f"the lease of {subnet} was not renewed: it ends in {node.ttl} s"
+            for subnet, node in self.leases().items()
+            if node.ttl is not None and node.ttl < overdue
+        ]
+
     def _check_ways(self, daemon: Flanneld, others: dict[str, dict[str, Any]]) -> None:
         host = daemon.host
         if self.backend == "host-gw":
@@ -226,25 +240,32 @@ class World:
             if not daemon.is_running:
                 continue
             steady = daemon.host.number <= STEADY
-            self._measure(f"flanneld on {daemon.host.label}", daemon.pid, steady)
+            # It may end at any time, and so may its tunnel; a zombie has no VmRSS.
+            with contextlib.suppress(OSError, KeyError):
+                self._measure(f"flanneld on {daemon.host.label}", daemon.pid, steady)
+                for pid in tunnels_of(daemon):
+                    # Faults end it on any host.
+                    self._measure(f"udp tunnel on {daemon.host.label}", pid, False)
 
     def _measure(self, name: str, pid: int, steady: bool) -> None:
+        status = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        )
+        rss, threads = int(status["VmRSS"].split()[0]), int(status["Threads"])
+        descriptors = len(os.listdir(f"/proc/{pid}/fd"))
         process = self._processes.get(pid)
         if process is None:
             process = self._processes[pid] = Process(name, pid, steady)
             self.record.processes.append(process)
-        status = dict(
-            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-        )
         process.at.append(self.now())
-        process.rss_kb.append(int(status["VmRSS"].split()[0]))
-        process.threads.append(int(status["Threads"]))
-        process.descriptors.append(len(os.listdir(f"/proc/{pid}/fd")))
+        process.rss_kb.append(rss)
+        process.threads.append(threads)
+        process.descriptors.append(descriptors)
 
     def _watch(self) -> None:
         states: dict[str, str] = {}
         count: int | None = -1
-        while not self._over.wait(_SAMPLE_EVERY / 2):
+        while not self._over.wait(_SAMPLE_EVERY):
             for member in self.cluster.members:
                 name = member.member.name
                 state = self._state_of(name)
@@ -267,6 +288,13 @@ class World:
         if stat.rpartition(")")[2].split()[0] == "T":
             return "frozen"
         return "cut off" if name in self.cut_off else "up"
+
+
+def tunnels_of(daemon: Flanneld) -> list[int]:
+    """Return the process ids of a daemon's children that are udp tunnels."""
+    tasks = Path(f"/proc/{daemon.pid}/task")
+    pids = [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "flannel-udp\n"]
 
 
 def _value(node: Node) -> dict[str, Any]:
