@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from .faults import FAULTS, MARGIN
 from .pinger import INTERVAL
-from .record import Process, Record
+from .record import Event, Process, Record
 from .run import DESCRIPTORS, LIFE, PERIOD, RSS_KB, THREADS, WARM_UP, at_start, calm_now
 from .world import RENEWAL_MINUTES, STEADY
 
@@ -41,8 +41,8 @@ and the logs of all daemons and etcds. `make test` runs a short form (`tests/cha
 """
 
 
-def report(record: Record) -> str:
-    """Return the whole page."""
+def report(record: Record, others: Sequence[Record] = ()) -> str:
+    """Return the whole page, about one soak and, in short, about others."""
     head = _HEAD.format(
         minutes=record.minutes,
         period=PERIOD,
@@ -52,21 +52,30 @@ def report(record: Record) -> str:
         renewal=RENEWAL_MINUTES,
     )
     parts = [head, _result(record), _faults(record), _memory(record)]
+    if others:
+        parts.append(_others(others))
     return "\n".join(parts)
+
+
+def _command(record: Record) -> str:
+    return f"`make soak SEED={record.seed} MINUTES={record.minutes:g} BACKEND={record.backend}`"
+
+
+def _times(events: Iterable[Event]) -> list[float]:
+    return [event.converged - event.undone for event in events if event.converged is not None]
 
 
 def _result(record: Record) -> str:
     events = record.events
     allowed = sum(event.lost for event in events)
     wrong = sum(event.lost_wrongly for event in events)
-    times = [event.converged - event.undone for event in events if event.converged is not None]
+    times = _times(events)
     lines = [
         "## The last run",
         "",
         "![Timeline of the soak](soak.png)",
         "",
-        f"`make soak SEED={record.seed} MINUTES={record.minutes:g} BACKEND={record.backend}`,"
-        f" begun on {record.began} UTC, flanneld {record.version}.",
+        f"{_command(record)}, begun on {record.began} UTC, flanneld {record.version}.",
         "",
         *_table(
             ["", ""],
@@ -96,7 +105,7 @@ def _faults(record: Record) -> str:
         events = [event for event in record.events if event.name == fault.name]
         if not events:
             continue
-        times = [event.converged - event.undone for event in events if event.converged is not None]
+        times = _times(events)
         losing = record.backend in fault.losing
         until = f"{fault.after:g} s" if losing else "none"
         after = f"{max(event.lost_for for event in events):.1f} s" if losing else ""
@@ -113,16 +122,17 @@ def _faults(record: Record) -> str:
             ]
         )
     head = [
-        "fault", "times", "converged, median s", "max s", "loss allowed until", "lost", "the last",
-        "lost wrongly",
-    ]  # fmt: skip
+        *("fault", "times", "converged, median s", "max s"),
+        *("packets may be lost until", "lost", "the last after", "lost wrongly"),
+    ]
     return "\n".join(
         [
             "### Faults",
             "",
             "Convergence is counted from the moment the fault was undone (the member is back, the"
             " daemon ready), or was there if nobody undoes it. So are the times until which packets"
-            " may be, and were, lost. To look whether all is converged takes some 0.3 s itself.",
+            " may be, and were, lost. To look whether all is converged takes some 0.3 s itself."
+            " For a host that is replaced, that all know the new one is waited for before.",
             "",
             *_table(head, rows),
             "",
@@ -155,6 +165,26 @@ def _memory(record: Record) -> str:
             "",
         ]
     )
+
+
+def _others(records: Sequence[Record]) -> str:
+    rows = [
+        [
+            _command(record),
+            str(len(record.events)),
+            str(record.sent),
+            str(sum(event.lost for event in record.events)),
+            str(sum(event.lost_wrongly for event in record.events)),
+            f"{_median(_times(record.events))}, {_max(_times(record.events))}",
+            "; ".join(record.failures) or "none",
+        ]
+        for record in records
+    ]
+    head = [
+        *("", "faults", "pings", "lost, allowed", "lost wrongly"),
+        *("converged, median and max s", "failures"),
+    ]
+    return "\n".join(["### The other backends, in short", "", *_table(head, rows), ""])
 
 
 def _growth(process: Process, values: Sequence[int], end: float) -> str:
