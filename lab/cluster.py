@@ -1,6 +1,5 @@
 """Several real etcds in one cluster, each on a machine of its own, to be killed or cut off."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from ipaddress import IPv4Address
@@ -71,12 +70,8 @@ class EtcdCluster:
     def _find_leader(self) -> Etcd | None:
         for member in self.members:
             with member.client(timeout=1.0) as client:
-                try:
-                    _, _, body = client.request("GET", "/v2/stats/self")
-                except OSError:
-                    continue
-            if json.loads(body).get("state") == "StateLeader":
-                return member
+                if client.is_leader():
+                    return member
         return None
 
     def cut_off(self, member: Etcd) -> None:
