@@ -241,10 +241,13 @@ def test_etcd_with_authentication_lets_only_the_user_in() -> None:
 
 def test_an_etcd_that_says_nothing_about_itself_is_not_yet_there() -> None:
     """Its statistics have no body while a rate in them is infinite."""
-    near, far = socket.socketpair()
-    with far, EtcdV2(lambda _timeout: near, IPv4Address("127.0.0.1")) as client:
-        far.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-        assert client.member_name() == ""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname(), timeout=5)
+        far, _ = server.accept()
+        with far, EtcdV2(lambda _timeout: near, IPv4Address("127.0.0.1")) as client:
+            far.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            assert client.member_name() == ""
+            assert far.recv(4096).startswith(b"GET /v2/stats/self ")
 
 
 def test_a_cluster_of_three_survives_one(make_lab: MakeLab) -> None:
