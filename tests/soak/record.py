@@ -1,6 +1,7 @@
 """What a soak has seen, as it is written down and drawn. All times are seconds from its start."""
 
 import json
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ class Record:
     """Each host that took part, from when to when (None: the end)."""
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
+
+    def event_at(self, at: float) -> Event:
+        """Return the latest fault that had begun by then; before the first one, that."""
+        number = bisect_right(self.events, at, key=lambda event: event.begun)
+        return self.events[max(0, number - 1)]
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""

@@ -180,7 +180,7 @@ def _judge(world: World, lost: list[Lost]) -> None:
         event.lost = event.lost_wrongly = 0
         event.lost_for = 0.0
     for at, one, two in record.lost:
-        event = next((e for e in reversed(record.events) if e.begun <= at), record.events[0])
+        event = record.event_at(at)
         if event.allows((one, two), at):
             event.lost += 1
             event.lost_for = max(event.lost_for, at - event.undone)
