@@ -12,6 +12,8 @@ SYSTEM_PYTHON ?= /usr/bin/python3
 HOSTS ?= 3
 BACKEND ?= vxlan
 SECONDS ?= 600
+MINUTES ?= 30
+SEED ?=
 
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
@@ -24,7 +26,7 @@ HEADERS := libc6-dev python3-dev python3-venv
 # The tests start their own. See /usr/share/doc/init-system-helpers/README.policy-rc.d.gz.
 POLICY := /usr/sbin/policy-rc.d
 
-.PHONY: help install packages demo test lint unit netns docker chaos fuzz bench-vxlan soak-udp \
+.PHONY: help install packages demo test lint unit netns docker chaos soak fuzz bench-vxlan soak-udp \
 	bench-udp install-system test-systemd clean
 
 help:
@@ -37,6 +39,8 @@ help:
 	@echo "make netns     the tests on the real kernel only (root)"
 	@echo "make docker    the tests with a real dockerd on each host only (root)"
 	@echo "make chaos     failures of etcd with 20 hosts and a minute each (root; 6 min)"
+	@echo "make soak      five hosts, a random fault every 10 s (root; MINUTES=30, BACKEND=, SEED=);"
+	@echo "               what it has seen is in .soak, with a picture"
 	@echo "make fuzz      a coverage-guided search for input that breaks a promise (SECONDS=600);"
 	@echo "               what it finds is in .fuzz"
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
@@ -93,6 +97,11 @@ docker: $(STAMP)
 chaos: $(STAMP)
 	FLANNEL_CHAOS=1 $(BIN)/pytest -rP tests/chaos
 
+soak: $(STAMP)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet --group plot
+	PYTHONPATH=.:tests:tests/netns $(BIN)/python -m soak --minutes $(MINUTES) --backend $(BACKEND) \
+		$(if $(SEED),--seed $(SEED)) --out .soak
+
 # An environment of its own: what searches is no part of the tests.
 .venv-fuzz/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-fuzz
@@ -123,5 +132,5 @@ test-systemd: $(STAMP)
 	$(BIN)/pytest -v tests/vm
 
 clean:
-	rm -rf $(VENV) .venv-fuzz .fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-fuzz .fuzz .soak build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find flanneld lab bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -172,10 +172,17 @@ class Flanneld:
 
     def log(self) -> str:
         """What it wrote since it was started last; empty once the lab is gone."""
+        return self._written_since(self._log_from)
+
+    def whole_log(self) -> str:
+        """What it wrote over all its starts; empty once the lab is gone."""
+        return self._written_since(0)
+
+    def _written_since(self, position: int) -> str:
         if not self._log.exists():
             return ""
         with self._log.open("rb") as file:
-            file.seek(self._log_from)
+            file.seek(position)
             return file.read().decode(errors="replace")
 
     def explain(self) -> str:

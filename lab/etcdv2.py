@@ -145,12 +145,17 @@ class EtcdV2:
         """The name of the member that answers; empty when none does."""
         return str(self._status("/v2/stats/self").get("name", ""))
 
+    def is_leader(self) -> bool:
+        """Whether this member says that it leads. Never raises for a dead or mute etcd."""
+        return self._status("/v2/stats/self").get("state") == "StateLeader"
+
     def _status(self, path: str) -> dict[str, Any]:
         try:
             status, _, body = self.request("GET", path)
         except (OSError, http.client.HTTPException):
             return {}
-        document: dict[str, Any] = json.loads(body) if status == 200 else {}
+        # /v2/stats/self has no body at all when a rate in it is no number.
+        document: dict[str, Any] = json.loads(body) if status == 200 and body else {}
         return document
 
     def keys(

@@ -4,18 +4,19 @@ import http.client
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
 
 from lab import Flanneld, Host, Lab, LabError, NotInTime, eventually, names
 from lab.etcd import Etcd, Login
-from lab.etcdv2 import EtcdV2Error
+from lab.etcdv2 import EtcdV2, EtcdV2Error
 from lab.process import is_running
 
 MakeLab = Callable[..., Lab]
@@ -236,6 +237,17 @@ def test_etcd_with_authentication_lets_only_the_user_in() -> None:
         with etcd.client() as client, pytest.raises(EtcdV2Error):
             client.put("/elsewhere", "1")
         assert etcd.client_flags()[1:] == ["--etcd-username=flannel", "--etcd-password=secret"]
+
+
+def test_an_etcd_that_says_nothing_about_itself_is_not_yet_there() -> None:
+    """Its statistics have no body while a rate in them is infinite."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname(), timeout=5)
+        far, _ = server.accept()
+        with far, EtcdV2(lambda _timeout: near, IPv4Address("127.0.0.1")) as client:
+            far.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            assert client.member_name() == ""
+            assert far.recv(4096).startswith(b"GET /v2/stats/self ")
 
 
 def test_a_cluster_of_three_survives_one(make_lab: MakeLab) -> None:

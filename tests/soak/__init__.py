@@ -1,0 +1,1 @@
+"""A soak: hosts whose containers ping each other, and one random fault after another."""

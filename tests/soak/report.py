@@ -1,0 +1,205 @@
+"""What a soak has seen, as docs/soak.md."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from .faults import FAULTS, MARGIN
+from .pinger import INTERVAL
+from .record import Event, Process, Record
+from .run import DESCRIPTORS, LIFE, PERIOD, RSS_KB, THREADS, WARM_UP, at_start, calm_now
+from .world import RENEWAL_MINUTES, STEADY
+
+_HEAD = """\
+# Soak
+
+`make soak` (root, {minutes:g} minutes; `MINUTES=`, `SEED=` and `BACKEND=` choose others) has five
+hosts on an etcd cluster of three run with one fault every {period:g} seconds. Each kind of fault
+comes once, in an order by chance, then all come again in another. The containers of all hosts ping
+each other all the time, each pair every {interval:g} ms. After each fault it is waited until
+
+- etcd has exactly the hosts' leases,
+- each host's kernel has exactly the entries that follow from them, its device is as it was, and
+  its masquerade and forward rules are in place (odd hosts have the legacy iptables, even ones
+  that of nftables),
+- pings are answered on all paths.
+
+A lost packet counts as wrong unless [operations.md](operations.md) lets that fault lose packets on
+that path and at that time: while it lasts, and for as long after as its row says (and {margin:g} s
+more, as all of this shares one small machine). At the end memory, descriptors and threads of each
+daemon must be as at its start; faults that end daemons spare the first {steady} hosts, so that
+these show the whole time.
+
+Leases are renewed every {renewal} minutes here (`--subnet-lease-renew-margin`), so that renewals
+meet the failures, too.
+
+The same seed gives the same faults in the same order. What else happens is up to the machine, so
+two runs are not the same packet by packet.
+
+This page and its picture are what the last run wrote; `.soak/` has more after each: `soak.json`,
+and the logs of all daemons and etcds. `make test` runs a short form (`tests/chaos/test_soak.py`).
+
+"""
+
+
+def report(record: Record, others: Sequence[Record] = ()) -> str:
+    """Return the whole page, about one soak and, in short, about others."""
+    head = _HEAD.format(
+        minutes=record.minutes,
+        period=PERIOD,
+        interval=INTERVAL * 1000,
+        margin=MARGIN,
+        steady=STEADY,
+        renewal=RENEWAL_MINUTES,
+    )
+    parts = [head, _result(record), _faults(record), _memory(record)]
+    if others:
+        parts.append(_others(others))
+    return "\n".join(parts)
+
+
+def _command(record: Record) -> str:
+    return f"`make soak SEED={record.seed} MINUTES={record.minutes:g} BACKEND={record.backend}`"
+
+
+def _times(events: Iterable[Event]) -> list[float]:
+    return [event.converged - event.undone for event in events if event.converged is not None]
+
+
+def _result(record: Record) -> str:
+    events = record.events
+    allowed = sum(event.lost for event in events)
+    wrong = sum(event.lost_wrongly for event in events)
+    times = _times(events)
+    lines = [
+        "## The last run",
+        "",
+        "![Timeline of the soak](soak.png)",
+        "",
+        f"{_command(record)}, begun on {record.began} UTC, flanneld {record.version}.",
+        "",
+        *_table(
+            ["", ""],
+            [
+                ["seconds", f"{record.seconds:.0f}"],
+                ["faults", f"{len(events)} of {len({event.name for event in events})} kinds"],
+                ["hosts that took part", f"{len(record.hosts)}"],
+                ["pings sent", f"{record.sent}"],
+                ["lost where that is allowed", f"{allowed}"],
+                ["**lost where it is not**", f"**{wrong}**"],
+                ["converged", f"after {len(times)} of {len(events)} faults"],
+                ["time to converge", f"median {_median(times)} s, max {_max(times)} s"],
+            ],
+        ),
+        "",
+    ]
+    if record.failures:
+        lines += ["**Not as promised:**", "", *(f"- {each}" for each in record.failures), ""]
+    else:
+        lines += ["Everything was as promised.", ""]
+    return "\n".join(lines)
+
+
+def _faults(record: Record) -> str:
+    rows = []
+    for fault in FAULTS:
+        events = [event for event in record.events if event.name == fault.name]
+        if not events:
+            continue
+        times = _times(events)
+        losing = record.backend in fault.losing
+        until = f"{fault.after:g} s" if losing else "none"
+        after = f"{max(event.lost_for for event in events):.1f} s" if losing else ""
+        rows.append(
+            [
+                fault.name,
+                str(len(events)),
+                _median(times),
+                _max(times),
+                until,
+                str(sum(event.lost for event in events)) if losing else "",
+                after,
+                str(sum(event.lost_wrongly for event in events)),
+            ]
+        )
+    head = [
+        *("fault", "times", "converged, median s", "max s"),
+        *("packets may be lost until", "lost", "the last after", "lost wrongly"),
+    ]
+    return "\n".join(
+        [
+            "### Faults",
+            "",
+            "Convergence is counted from the moment the fault was undone (the member is back, the"
+            " daemon ready), or was there if nobody undoes it. So are the times until which packets"
+            " may be, and were, lost. To look whether all is converged takes some 0.3 s itself."
+            " For a host that is replaced, that all know the new one is waited for before.",
+            "",
+            *_table(head, rows),
+            "",
+        ]
+    )
+
+
+def _memory(record: Record) -> str:
+    last = record.seconds
+    shown = [p for p in record.processes if p.steady or p.at[-1] - p.at[0] >= LIFE]
+    rows = [
+        [
+            process.name,
+            f"{(process.at[-1] - process.at[0]) / 60:.0f} min",
+            _growth(process, process.rss_kb, last),
+            _growth(process, process.descriptors, last),
+            _growth(process, process.threads, last),
+        ]
+        for process in sorted(shown, key=lambda p: (not p.steady, p.name, p.at[0]))
+    ]
+    return "\n".join(
+        [
+            "### Memory, descriptors, threads",
+            "",
+            f"Each: most in the first {WARM_UP:.0%} of its life → at its end. A failure from"
+            f" {RSS_KB} KiB, {DESCRIPTORS} descriptors or {THREADS} thread more. Daemons that lived"
+            f" for less than {LIFE / 60:g} minutes are left out.",
+            "",
+            *_table(["", "lived", "RSS, KiB", "descriptors", "threads"], rows),
+            "",
+        ]
+    )
+
+
+def _others(records: Sequence[Record]) -> str:
+    rows = [
+        [
+            _command(record),
+            str(len(record.events)),
+            str(record.sent),
+            str(sum(event.lost for event in record.events)),
+            str(sum(event.lost_wrongly for event in record.events)),
+            f"{_median(_times(record.events))}, {_max(_times(record.events))}",
+            "; ".join(record.failures) or "none",
+        ]
+        for record in records
+    ]
+    head = [
+        *("", "faults", "pings", "lost, allowed", "lost wrongly"),
+        *("converged, median and max s", "failures"),
+    ]
+    return "\n".join(["### The other backends, in short", "", *_table(head, rows), ""])
+
+
+def _growth(process: Process, values: Sequence[int], end: float) -> str:
+    living = process.at[-1] > end - PERIOD
+    return f"{at_start(process, values)} → {calm_now(values, living)}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _median(times: Sequence[float]) -> str:
+    return f"{statistics.median(times):.1f}" if times else "-"
+
+
+def _max(times: Sequence[float]) -> str:
+    return f"{max(times):.1f}" if times else "-"
