@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
+from flanneld.backend.mtu import inner_mtu, mtu_key
 from flanneld.backend.peers import PeerNetwork
-from flanneld.errors import BackendError
 from flanneld.interface import ExternalInterface
 from flanneld.kernel.netlink import AddressEvent, KernelEvent, LinkEvent
 from flanneld.kernel.state import Entry, FdbEntry, Neighbour, Route, Territory
@@ -37,9 +37,6 @@ TYPE = "vxlan"
 
 # A device's name has at most 15 characters, and "flannel." takes 8 of them.
 MAX_VNI = 9_999_999
-
-# The least MTU with which IPv4 works, and the greatest a device can have.
-MIN_MTU, MAX_MTU = 68, 65535
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 
@@ -67,19 +64,13 @@ class VxlanConfig:
 def read_config(config: Config) -> VxlanConfig:
     """Read the backend's keys. Raises BackendError that names the key."""
     keys = config.backend
-    mtu = int_key(keys, "MTU", 0, 0, MAX_MTU)
-    if 0 < mtu < MIN_MTU + OVERHEAD:
-        raise BackendError(
-            f"Backend key MTU must be 0 or at least {MIN_MTU + OVERHEAD}, not {mtu}: vxlan itself"
-            f" takes {OVERHEAD} bytes of it"
-        )
     return VxlanConfig(
         vni=int_key(keys, "VNI", 1, 0, MAX_VNI),
         port=int_key(keys, "Port", 0, 0, 65535),
         gbp=bool_key(keys, "GBP", False),
         learning=bool_key(keys, "Learning", False),
         direct_routing=bool_key(keys, "DirectRouting", False),
-        mtu=mtu,
+        mtu=mtu_key(keys, OVERHEAD),
     )
 
 
@@ -205,17 +196,7 @@ class Vxlan:
         """See `Backend.register_network`."""
         keys, external = read_config(config), self._external
         log.info("VXLAN config: %s", keys)
-        if keys.mtu > external.mtu:
-            raise BackendError(
-                f"Backend key MTU is {keys.mtu}, but {external.name} has an MTU of {external.mtu}:"
-                " raise that of the interface, or lower the key"
-            )
-        mtu = (keys.mtu or external.mtu) - OVERHEAD
-        if mtu < MIN_MTU:
-            raise BackendError(
-                f"the MTU of {external.name}, {external.mtu}, leaves {mtu} bytes inside vxlan;"
-                f" at least {MIN_MTU} are needed"
-            )
+        mtu = inner_mtu(keys.mtu, external, OVERHEAD)
         device = VxlanDevice(
             VxlanSpec(
                 name=f"flannel.{keys.vni}",

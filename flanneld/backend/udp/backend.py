@@ -10,12 +10,13 @@ import threading
 import time
 from dataclasses import dataclass
 
+from flanneld.backend.mtu import inner_mtu, mtu_key
 from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.keeper import TunnelKeeper
 from flanneld.backend.udp.network import TunDevice, UdpNetwork
 from flanneld.backend.udp.process import TunnelProcess
 from flanneld.backend.udp.tun import AddressInUse
-from flanneld.errors import BackendError, Stopped
+from flanneld.errors import Stopped
 from flanneld.interface import ExternalInterface
 from flanneld.kernel.tunlink import TunLink
 from flanneld.subnet.config import Config, bool_key, int_key
@@ -30,9 +31,6 @@ DEFAULT_PORT = 8285
 
 # What the tunnel puts before an IP packet: 20 bytes of IPv4, 8 of UDP.
 OVERHEAD = 28
-
-# The least MTU with which IPv4 works, and the greatest a device can have.
-MIN_MTU, MAX_MTU = 68, 65535
 
 # Seconds for a former run's tunnel to let go of the port: it ends with its daemon, but not in the
 # same moment.
@@ -52,16 +50,10 @@ class UdpConfig:
 def read_config(config: Config) -> UdpConfig:
     """Read the backend's keys. Raises BackendError that names the key."""
     keys = config.backend
-    mtu = int_key(keys, "MTU", 0, 0, MAX_MTU)
-    if 0 < mtu < MIN_MTU + OVERHEAD:
-        raise BackendError(
-            f"Backend key MTU must be 0 or at least {MIN_MTU + OVERHEAD}, not {mtu}: the tunnel"
-            f" itself takes {OVERHEAD} bytes of it"
-        )
     return UdpConfig(
         port=int_key(keys, "Port", DEFAULT_PORT, 1, 65535),
         source_check=bool_key(keys, "SourceCheck", True),
-        mtu=mtu,
+        mtu=mtu_key(keys, OVERHEAD),
     )
 
 
@@ -79,7 +71,7 @@ class Udp:
     def register_network(self, config: Config, stop: threading.Event) -> UdpNetwork:
         """See `Backend.register_network`."""
         keys, external = read_config(config), self._external
-        mtu = self._mtu(keys)
+        mtu = inner_mtu(keys.mtu, external, OVERHEAD)
         lease = self._manager.acquire_lease(config, LeaseAttrs(external.ext_addr), stop)
         descriptors = self._open(keys.port, stop)
 
@@ -107,22 +99,6 @@ class Udp:
         except BaseException:
             descriptors.close()
             raise
-
-    def _mtu(self, keys: UdpConfig) -> int:
-        """Return the TUN device's MTU. Raises BackendError."""
-        external = self._external
-        if keys.mtu > external.mtu:
-            raise BackendError(
-                f"Backend key MTU is {keys.mtu}, but {external.name} has an MTU of {external.mtu}:"
-                " raise that of the interface, or lower the key"
-            )
-        mtu = (keys.mtu or external.mtu) - OVERHEAD
-        if mtu < MIN_MTU:
-            raise BackendError(
-                f"the MTU of {external.name}, {external.mtu}, leaves {mtu} bytes inside the udp"
-                f" tunnel; at least {MIN_MTU} are needed"
-            )
-        return mtu
 
     def _open(self, port: int, stop: threading.Event) -> Descriptors:
         """Open the descriptors. Raises DeviceError, and Stopped."""
