@@ -42,10 +42,18 @@ def tables(results: Results, machine: Mapping[str, str], out: TextIO) -> None:
     report.title("flanneld, measured")
     for name, value in machine.items():
         report.text(f"{name}: {value}")
-    _section(report, results, "Cold start", (start.SUBNET_ENV, start.READY, start.READY_AGAIN))
+    cold = (
+        start.SUBNET_ENV,
+        start.READY,
+        start.READY_AGAIN,
+        start.CPU_READY,
+        start.NOTHING,
+    )
+    _section(report, results, "Cold start", cold)
     peers = (
         start.PROGRAMMED,
         start.PROGRAMMED_AFTER,
+        start.CPU_PROGRAMMED,
         start.READY_PEERS,
         start.RESTART,
         start.MEMORY,
