@@ -27,13 +27,13 @@ _SAME_EVENT = 0.005
 
 
 def drained(count: int) -> str:
-    """The name of the measure of a burst."""
-    return f"burst of {count}: last write to the last entry"
+    """The name of the measure: from the last write of a burst to the last entry."""
+    return f"burst of {count}: last entry after"
 
 
 def writing(count: int) -> str:
     """The name of the measure of how long the burst itself took."""
-    return f"burst of {count}: first write to the last write"
+    return f"burst of {count}: writing it"
 
 
 def lost(count: int) -> str:
