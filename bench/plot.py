@@ -80,21 +80,22 @@ def _bars(ax: Axes, results: Results, names: Sequence[str], measure: str, unit: 
             series = results.find(measure, backend, name)
             if series is not None and series.median > 0:
                 found.append(series)
-    labels = [f"{s.key.backend}\n{s.key.implementation}" for s in found]
+    labels = [f"{s.key.backend}, {s.key.implementation}" for s in found]
     whiskers = [
         [s.median - min(s.values) for s in found],
         [max(s.values) - s.median for s in found],
     ]
-    ax.bar(
+    ax.barh(
         range(len(found)),
         [s.median for s in found],
-        yerr=whiskers if found else None,
+        xerr=whiskers if found else None,
         capsize=3,
         color=[_COLOURS[s.key.backend] for s in found],
     )
-    ax.set_xticks(range(len(found)), labels, fontsize=8, rotation=30)
+    ax.set_yticks(range(len(found)), labels)
+    ax.invert_yaxis()
     ax.set_title(measure)
-    ax.set_ylabel(unit)
+    ax.set_xlabel(unit)
     if found:
-        ax.set_yscale("log")
-    ax.grid(alpha=0.3, axis="y")
+        ax.set_xscale("log")
+    ax.grid(alpha=0.3, axis="x")
