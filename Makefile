@@ -14,6 +14,7 @@ BACKEND ?= vxlan
 SECONDS ?= 600
 MINUTES ?= 30
 SEED ?=
+PEER ?=
 
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
@@ -26,8 +27,8 @@ HEADERS := libc6-dev python3-dev python3-venv
 # The tests start their own. See /usr/share/doc/init-system-helpers/README.policy-rc.d.gz.
 POLICY := /usr/sbin/policy-rc.d
 
-.PHONY: help install packages demo test lint unit netns docker chaos soak fuzz bench-vxlan soak-udp \
-	bench-udp install-system test-systemd clean
+.PHONY: help install packages demo test lint unit netns docker chaos soak fuzz bench bench-vxlan \
+	soak-udp bench-udp install-system test-systemd clean
 
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
@@ -43,6 +44,8 @@ help:
 	@echo "               what it has seen is in .soak, with a picture"
 	@echo "make fuzz      a coverage-guided search for input that breaks a promise (SECONDS=600);"
 	@echo "               what it finds is in .fuzz"
+	@echo "make bench     start, scale, events, memory and traffic, measured (root; 10 min);"
+	@echo "               PEER=/path/to/flanneld measures another one beside it; results in build/bench"
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
 	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
@@ -114,6 +117,10 @@ fuzz: .venv-fuzz/.installed
 
 soak-udp: $(STAMP)
 	FLANNEL_UDP_MB=2000 $(BIN)/pytest tests/netns/test_udp_tunnel.py -k much_data
+
+bench: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --group plot
+	$(BIN)/python -m bench $(addprefix --peer ,$(PEER))
 
 bench-udp: $(STAMP)
 	$(BIN)/python -m bench.udp_tunnel

@@ -5,9 +5,11 @@ import os
 import socket
 import struct
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+from typing import Protocol
 
 from lab.namespaces import Container, Host, Lab
 from lab.process import run
@@ -18,6 +20,13 @@ KINDS = ("c", "ours", "ours-c", "c-ours", "vxlan", "routing")
 _HERE = Path(__file__).parent
 # linux/if_tun.h
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+
+
+class Ends(Protocol):
+    """Where traffic begins and ends: two containers, or the hosts themselves."""
+
+    @property
+    def containers(self) -> Sequence[Container | Host]: ...
 
 
 @dataclass

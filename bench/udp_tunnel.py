@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.pairs import KINDS, Pair, build, make_pair
+from bench.pairs import KINDS, Ends, Pair, build, make_pair
 from lab import Lab, needs
 from lab.process import end
 
@@ -46,7 +46,7 @@ class Bench:
         self.seconds = seconds
         self.port = PORT
 
-    def _sink(self, where: "Pair", side: int, kind: str) -> tuple[subprocess.Popen[bytes], Path]:
+    def _sink(self, where: Ends, side: int, kind: str) -> tuple[subprocess.Popen[bytes], Path]:
         output = self.lab.scratch_file("sink")
         process = where.containers[side].popen([self.traffic, kind, str(self.port)], output=output)
         deadline = time.monotonic() + 5.0
@@ -56,7 +56,7 @@ class Bench:
             time.sleep(0.005)
         return process, output
 
-    def flow(self, pair: Pair, kind: str, sides: Sequence[int], *arguments: str) -> float:
+    def flow(self, pair: Ends, kind: str, sides: Sequence[int], *arguments: str) -> float:
         """Return what arrives per second (bytes of TCP, packets of UDP), over all directions."""
         self.port += 1
         sinks = [self._sink(pair, 1 - side, f"{kind}-sink") for side in sides]
@@ -82,7 +82,7 @@ class Bench:
             self.lab.processes.remove(process)
         return total
 
-    def round_trip(self, pair: Pair) -> float:
+    def round_trip(self, pair: Ends) -> float:
         """Return the median round trip of small UDP packets on an idle pair, in microseconds."""
         self.port += 1
         process, _ = self._sink(pair, 1, "udp-echo")
