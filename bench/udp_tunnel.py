@@ -232,7 +232,7 @@ def main() -> int:
         rows = run(bench, pairs, loads, options.rounds)
         if "ours" in pairs:
             memory["resident memory of the tunnels (KiB)"] = [
-                t.rss_kb() for t in pairs["ours"].tunnels
+                t.memory_kb() for t in pairs["ours"].tunnels
             ]
             counters = pairs["ours"].tunnels[0].counters
             memory["load average (1, 5, 15 min) at the end"] = os.getloadavg()

@@ -108,10 +108,10 @@ class HostTunnel:
         self.process.wait_settled()
         return self.process.counters
 
-    def rss_kb(self) -> int:
-        """Resident memory of the process in KiB."""
+    def memory_kb(self, kind: str = "VmRSS") -> int:
+        """Resident memory of the process in KiB; ``kind`` is a name of /proc/PID/status."""
         with open(f"/proc/{self.process.pid}/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("VmRSS:"))
+            return next(int(line.split()[1]) for line in status if line.startswith(f"{kind}:"))
 
 
 def connect(hosts: Sequence["Host"], tunnels: Sequence[HostTunnel]) -> None:

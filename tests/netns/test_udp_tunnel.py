@@ -449,7 +449,10 @@ def test_an_idle_tunnel_sleeps_and_is_small(pair: Pair) -> None:
     before = schedstat.read_text()
     time.sleep(1.0)
     assert schedstat.read_text() == before
-    assert tunnel.rss_kb() <= 35 * 1024
+    # How much of the libraries' files is mapped differs from machine to machine (13 MB here);
+    # the rest is the tunnel's own.
+    assert tunnel.memory_kb("RssAnon") <= 22 * 1024
+    assert tunnel.memory_kb("VmRSS") <= 40 * 1024
 
 
 def test_numpy_is_not_imported_by_the_daemon() -> None:
