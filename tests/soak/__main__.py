@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="FAULT", help="these, in this order")
     parser.add_argument("--draw", type=Path, help="only write what soak.json has seen once more")
     parser.add_argument("--also", type=Path, nargs="+", default=[], help="soak.json of other runs")
+    parser.add_argument("--note", type=Path, help="a file with what is to be noted about the run")
     options = parser.parse_args(argv)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             logs=out / "logs",
         )
         record.write(out / "soak.json")
-    (out / "soak.md").write_text(report(record, [Record.read(path) for path in options.also]))
+    (out / "soak.md").write_text(
+        report(
+            record,
+            [Record.read(path) for path in options.also],
+            options.note.read_text() if options.note else "",
+        )
+    )
     try:
         from .picture import draw
     except ModuleNotFoundError as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from .faults import FAULTS, MARGIN
 from .pinger import INTERVAL
 from .record import Event, Process, Record
-from .run import DESCRIPTORS, LIFE, PERIOD, RSS_KB, THREADS, WARM_UP, at_start, calm_now
+from .run import DESCRIPTORS, LIFE, PERIOD, RSS_KB, THREADS, calm_now
 from .world import RENEWAL_MINUTES, STEADY
 
 _HEAD = """\
@@ -41,8 +41,9 @@ and the logs of all daemons and etcds. `make test` runs a short form (`tests/cha
 """
 
 
-def report(record: Record, others: Sequence[Record] = ()) -> str:
-    """Return the whole page, about one soak and, in short, about others."""
+def report(record: Record, others: Sequence[Record] = (), note: str = "") -> str:
+    """Return the whole page, about one soak and, in short, about others; and what is to be noted
+    about the runs."""
     head = _HEAD.format(
         minutes=record.minutes,
         period=PERIOD,
@@ -54,6 +55,8 @@ def report(record: Record, others: Sequence[Record] = ()) -> str:
     parts = [head, _result(record), _faults(record), _memory(record)]
     if others:
         parts.append(_others(others))
+    if note:
+        parts.append(f"### To be noted\n\n{note.strip()}\n")
     return "\n".join(parts)
 
 
@@ -157,9 +160,13 @@ def _memory(record: Record) -> str:
         [
             "### Memory, descriptors, threads",
             "",
-            f"Each: most in the first {WARM_UP:.0%} of its life → at its end. A failure from"
-            f" {RSS_KB} KiB, {DESCRIPTORS} descriptors or {THREADS} thread more. Daemons that lived"
-            f" for less than {LIFE / 60:g} minutes are left out.",
+            "Each: first sample → at its end (most in between). A failure is more than"
+            f" {RSS_KB} KiB, {DESCRIPTORS} descriptors or {THREADS} thread above the first sample."
+            f" Daemons that lived for less than {LIFE / 60:g} minutes are left out.",
+            "",
+            "Descriptors do grow a little: connections to etcd that were needed at one time are"
+            " kept, also dead ones (`CLOSE-WAIT`) until it is their turn: at most three for each of"
+            " the three members, 7 more than at the start.",
             "",
             *_table(["", "lived", "RSS, KiB", "descriptors", "threads"], rows),
             "",
@@ -189,7 +196,7 @@ def _others(records: Sequence[Record]) -> str:
 
 def _growth(process: Process, values: Sequence[int], end: float) -> str:
     living = process.at[-1] > end - PERIOD
-    return f"{at_start(process, values)} → {calm_now(values, living)}"
+    return f"{values[0]} → {calm_now(values, living)} ({max(values)})"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
