@@ -123,9 +123,12 @@ class Commands:
         with process:
             try:
                 output, errors = self._communicate(process, command, text)
-            except BaseException:
+            except BaseException as error:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, OSError):
+                    reason = f"{argv[0]} cannot be run: {error.strerror}"
+                    raise MasqueradeError(reason) from error
                 raise
         if process.returncode != 0:
             said = " ".join(errors.decode(errors="replace").split()) or "no message"

@@ -63,8 +63,8 @@ def test_keys_values_and_subnet_files_are_byte_for_byte_the_originals(make_lab: 
             "FLANNEL_IPMASQ=false\n"
         )
         assert stat.S_IMODE(file.stat().st_mode) == 0o644
-        # No temporary file stays beside it.
-        assert [path.name for path in file.parent.iterdir()] == ["subnet.env"]
+        # No temporary file stays beside it, but the daemon's lock.
+        assert {path.name for path in file.parent.iterdir()} == {"subnet.env", ".subnet.env.lock"}
 
 
 def test_a_route_is_as_the_originals_but_for_its_mark(make_lab: MakeLab) -> None:

@@ -60,7 +60,7 @@ _DEAF = "one hangs, or is cut off from the others"
 FAULTS = (
     Fault(
         "daemon killed",
-        "kill -9, power cut of the daemon",
+        "kill -9, or another sudden end of the daemon",
         strikes.kill_daemon,
         _AT_ONCE,
         1.0,
