@@ -31,8 +31,9 @@ BACKENDS = {
     "udp": ("", "10.5.0.0/16", "flannel0"),
 }
 
-# linux/capability.h: CAP_SETGID, CAP_SETUID, CAP_NET_ADMIN, CAP_NET_RAW.
-CAPABILITIES = 1 << 6 | 1 << 7 | 1 << 12 | 1 << 13
+# linux/capability.h: CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN,
+# CAP_NET_RAW.
+CAPABILITIES = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 12 | 1 << 13
 
 # What is asked of etcd in the machine, which has no curl.
 ETCD = """
