@@ -178,15 +178,21 @@ class EntrySocket(RequestSocket):
         write: Sequence[Entry],
         delete: Sequence[Found],
         may_replace: Callable[[Entry], bool] = lambda _: True,
+        *,
+        spread: bool = False,
     ) -> tuple[dict[Entry, Refusal], dict[Found, Refusal]]:
         """Add or replace the first, then delete exactly the second, as one batch.
 
         Where ``may_replace`` is false, an entry is refused (EEXIST) if its slot is not empty.
+        ``spread``: there are many routes (see `wire.spread_scope`).
 
         Return what was refused of each, and why. That something is gone already is no refusal.
         """
         refused = self._batch(
-            [partial(wire.pack_write, entry=e, replace=may_replace(e)) for e in write]
+            [
+                partial(wire.pack_write, entry=entry, replace=may_replace(entry), spread=spread)
+                for entry in write
+            ]
             + [partial(wire.pack_delete, found=found) for found in delete]
         )
         count = len(write)

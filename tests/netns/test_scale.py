@@ -1,8 +1,10 @@
 """Many hosts at once: every lease becomes one route, whatever happens on the way."""
 
+import json
 import os
 import signal
 from collections import Counter
+from functools import partial
 
 import pytest
 from network import (
@@ -167,6 +169,46 @@ def test_a_thousand_peers_are_there_when_it_is_ready(wide: Wide) -> None:
     wait_routes(host, wanted, 2 * PATIENCE)
     assert added(monitor) == dict.fromkeys(stale, 1)
     assert {line.split()[1] for line in monitor.deleted()} == set(stale)
+
+
+def test_so_many_routes_have_scopes_of_which_nobody_needs_to_know(wide: Wide) -> None:
+    """The kernel's time stays linear by them. What is done by hand finds the routes as ever."""
+    lab, host, daemon = wide
+    wanted = peers(1000)
+    with client_of(lab) as client:
+        write(client, wanted)
+    daemon.start().wait_ready(2 * PATIENCE)
+    assert peer_routes(host) == wanted
+    shown = json.loads(host.run(["ip", "-json", "route", "show", "proto", "102"]).stdout)
+    scopes = Counter(route.get("scope", "global") for route in shown)
+    # 200 of them, and in none much more than its share of 5.
+    assert len(scopes) > 150
+    assert max(scopes.values()) < 20
+    odd = next(route["dst"] for route in shown if route.get("scope"))
+    foreign, other = wanted[odd], next(via for dst, via in wanted.items() if dst != odd)
+    address = odd.replace(".0/24", ".7")
+    assert f" via {foreign} " in host.run(["ip", "route", "get", address]).stdout
+    monitor = RouteMonitor(host)
+    for number, by_hand in enumerate(
+        (
+            f"route replace {odd} via {other}",
+            f"route del {odd} via {foreign}",
+            f"route change {odd} via {other} proto 102",
+        ),
+        1,
+    ):
+        host.ip(by_hand)
+        # The change, and what puts it right.
+        eventually(partial(_has_lines, monitor, 2 * number), PATIENCE, by_hand)
+        assert peer_routes(host) == wanted
+    with client_of(lab) as client:
+        client.delete(key_of(odd))
+    del wanted[odd]
+    wait_routes(host, wanted)
+
+
+def _has_lines(monitor: RouteMonitor, count: int) -> bool:
+    return len(monitor.lines()) >= count
 
 
 def test_a_thousand_routes_that_vanish_come_back(wide: Wide) -> None:

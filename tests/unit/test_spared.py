@@ -47,6 +47,7 @@ class Kernel:
         write: Sequence[Entry],
         delete: Sequence[Found],
         _may_replace: Callable[[Entry], bool] = lambda _: True,
+        **_options: bool,
     ) -> tuple[dict[Entry, Refusal], dict[Found, Refusal]]:
         for entry in write:
             assert isinstance(entry, Route)

@@ -44,6 +44,7 @@ class Kernel:
         write: Sequence[Entry],
         _delete: Sequence[Found],
         _may_replace: Callable[[Entry], bool] = lambda _: True,
+        **_options: bool,
     ) -> tuple[dict[Entry, Refusal], dict[Found, Refusal]]:
         refused: dict[Entry, Refusal] = {}
         for entry in write:

@@ -8,6 +8,7 @@ import errno
 import socket
 import struct
 import sys
+from collections import Counter
 from ipaddress import IPv4Address, IPv4Network
 from itertools import islice
 
@@ -100,6 +101,13 @@ def parse_neighbour(body: bytes) -> Found | None:
             "02 18 00 00 fe 66 00 01 04000000"
             "0800 0100 0a052200  0800 0500 c0a80102  0800 0400 03000000",
             id="onlink route",
+        ),
+        pytest.param(
+            wire.pack_write(7, ROUTE, spread=True),
+            "34000000 1800 0105 07000000 00000000"
+            "02 18 00 00 fe 66 70 01 00000000"
+            "0800 0100 0a052200  0800 0500 c0a80102  0800 0400 03000000",
+            id="route among many",
         ),
         pytest.param(
             wire.pack_write(7, ROUTE, replace=False),
@@ -255,10 +263,20 @@ def test_we_read_pyroute2s_link_and_address() -> None:
     assert wire.parse_address_index(data, second[0], second[1]) == 17
 
 
-@given(SEQUENCES, ENTRIES)
-def test_what_is_written_is_read_back(seq: int, entry: Entry) -> None:
+@pytest.mark.parametrize("step", [1, 256, 4096], ids=["hosts", "subnets", "wide subnets"])
+def test_gateways_in_a_row_are_spread_over_all_scopes(step: int) -> None:
+    scopes = Counter(
+        wire.spread_scope(IPv4Address(0x0A000000 + number * step)) for number in range(10_000)
+    )
+    assert scopes.keys() <= set(range(200))
+    # 50 in each if they were even.
+    assert max(scopes.values()) < 100
+
+
+@given(SEQUENCES, ENTRIES, st.booleans())
+def test_what_is_written_is_read_back(seq: int, entry: Entry, spread: bool) -> None:
     protocol = PROTOCOL if isinstance(entry, Route) else 0
-    assert parse(wire.pack_write(seq, entry)) == Found(entry, protocol)
+    assert parse(wire.pack_write(seq, entry, spread=spread)) == Found(entry, protocol)
     [(_, _, _, _, sequence, _)] = wire.split_messages(wire.pack_write(seq, entry))
     assert sequence == seq
 
