@@ -25,17 +25,21 @@ import ssl
 import threading
 import weakref
 from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 import urllib3
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ClosedPoolError
 
 from flanneld.errors import OptionError, StoreUnavailable
 from flanneld.subnet.python_etcd import etcd
 from flanneld.subnet.store import Behind
+
+T = TypeVar("T")
 
 # Seconds. The original waits 1 s for a connection and for ever for an answer. etcd itself gives
 # up a write without quorum after 7 s, but by then another member deserves its turn.
@@ -130,6 +134,24 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
         form = {"value": value} if ttl is None else {"ttl": ttl, "value": value}
         path = f"{self.key_endpoint}{key}?{urlencode(condition)}"
         return self._result_from_response(self.api_execute(path, self._MPUT, params=form))
+
+    def asked(self, request: Callable[[Self], T]) -> T:
+        """Return the answer to a request, whatever `forget_connections` does meanwhile."""
+        try:
+            return request(self)
+        except etcd.EtcdConnectionFailed as error:
+            if not isinstance(error.cause, ClosedPoolError):
+                raise
+        # Nothing was sent: the connections were forgotten between two steps of ours.
+        return request(self)
+
+    def forget_connections(self) -> None:
+        """Close the connections that are idle now, and the others when their request has ended."""
+        pools = [self.http.pools.get(key) for key in self.http.pools.keys()]  # noqa: SIM118 - no dict
+        self.http.clear()
+        for pool in pools:
+            if pool is not None:
+                pool.close()
 
     def expect_event(self, after: int | None, timeout: float) -> Head:
         """Announce that this thread's next request is a poll (None: is not)."""

@@ -171,27 +171,36 @@ class EtcdV2Store:
             member = self._members[position]
             self._sockets.check_open()
             try:
-                result = request(member)
+                result = member.asked(request)
             except Behind:
-                self._current = (position + 1) % len(self._members)
+                self._turn_to(position + 1)
                 raise
             except (etcd.EtcdException, *_NOT_UNDERSTOOD) as error:
                 if isinstance(error, Refused) and not _is_members_fault(error):
-                    self._current = position
+                    self._turn_to(position)
                     raise _answer(error) from error
                 reason = _failure_text(error)
                 failures.append(f"; error #{len(failures)}: {member.base_uri}: {reason}")
                 if write and not _never_sent(error):
-                    self._current = (position + 1) % len(self._members)
+                    self._turn_to(position + 1)
                     failures.append(" (the write may have been carried out)")
                     break
             else:
-                self._current = position
+                self._turn_to(position)
                 return result
         self._sockets.check_open()
         raise StoreUnavailable(
             "client: etcd cluster is unavailable or misconfigured" + "".join(failures)
         )
+
+    def _turn_to(self, position: int) -> None:
+        """Begin the next call with this member, and keep no idle connection to the one left.
+
+        It would stay half closed once that member stops, until its turn comes again.
+        """
+        left, self._current = self._current, position % len(self._members)
+        if left != self._current:
+            self._members[left].forget_connections()
 
 
 _CREDENTIALS = "check --etcd-username and --etcd-password, and the role"

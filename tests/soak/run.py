@@ -20,11 +20,11 @@ CONVERGENCE = 30.0
 shorter for each fault; how long it took is in the record."""
 _STRAY = ("Traceback", "Stuck:", "Lease has been revoked")
 
-RSS_KB, DESCRIPTORS, THREADS = 2048, 7, 1
+RSS_KB, DESCRIPTORS, THREADS = 2048, 2, 1
 """By how much a daemon's memory, descriptors and threads may be more than in its first sample.
 
-Descriptors: it has two polls open at the start, and keeps what it once needed at one time, which is
-two polls and a write, for each of the three etcd members; a dead connection until it is its turn.
+Descriptors: it has two polls open at the start, and keeps what it once needs at one time: another
+connection to the same etcd member for a write, and a socket of the kernel's.
 """
 LIFE = 300.0
 """Seconds that a daemon must have lived for its memory to say something."""

@@ -5,7 +5,13 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,7 +23,17 @@ from lab.etcd import Etcd
 from lab.wait import eventually
 
 from .hosts import SOON, Cluster, attrs
-from .servers import DeafListener, Server, Stall, answer, free_url, poll_head
+from .servers import (
+    Action,
+    DeafListener,
+    Forward,
+    Request,
+    Server,
+    Stall,
+    answer,
+    free_url,
+    poll_head,
+)
 
 NAME = "10.5.17.0-24"
 
@@ -152,3 +168,82 @@ def test_python_in_development_mode_has_no_complaint(etcd: Etcd, prefix: str) ->
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "connection refused" in done.stdout
+
+
+def test_of_a_member_left_nothing_stays_open(etcd: Etcd, cluster: Cluster) -> None:
+    """Three members take turns; meanwhile several threads poll and read, as a daemon's do."""
+    with ExitStack() as stack:
+        proxies = [stack.enter_context(Server(upstream=etcd.url)) for _ in range(3)]
+        store = EtcdV2Store(",".join(p.url for p in proxies), cluster.prefix, Credentials())
+        stack.callback(store.close)
+        ports = [urlsplit(proxy.url).port for proxy in proxies]
+        for turn in range(6):
+            for number, proxy in enumerate(proxies):
+                proxy.behaviour = _answering if number == turn % 3 else _closing
+                proxy.requests.clear()
+            serving = proxies[turn % 3]
+            start = cluster.client.index()
+            with ThreadPoolExecutor(4) as pool:
+                polls = [pool.submit(store.poll, None, start, 30.0) for _ in range(4)]
+                eventually(partial(_is_asked, serving, 4), SOON, "four polls at once")
+                cluster.join(turn)
+                assert all(poll.result().event is not None for poll in polls)
+            eventually(partial(_is_only_one, serving, ports), SOON, "connections to it alone")
+
+
+def test_no_request_fails_because_connections_are_forgotten(
+    etcd: Etcd, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the worst moment, when a request has its pool and not yet its connection; and in any."""
+    store = EtcdV2Store(etcd.url, cluster.prefix, Credentials())
+    (member,) = store._members
+    original = member.http.connection_from_pool_key
+
+    def worst(*args: Any, **kwargs: Any) -> Any:
+        pool = original(*args, **kwargs)
+        monkeypatch.undo()
+        member.forget_connections()
+        return pool
+
+    monkeypatch.setattr(member.http, "connection_from_pool_key", worst)
+    assert store.create(NAME, attrs().encode(), 60).value == attrs().encode()
+    with ThreadPoolExecutor(4) as pool:
+        reads = [pool.submit(store.read, NAME) for _ in range(400)]
+        while not all(read.done() for read in reads):
+            member.forget_connections()
+        for read in reads:
+            node, _ = read.result()
+            assert node is not None
+    store.close()
+
+
+def _is_asked(server: Server, times: int) -> bool:
+    return len(server.requests) == times
+
+
+def _is_only_one(server: Server, ports: Sequence[int | None]) -> bool:
+    return _connected(ports) == {urlsplit(server.url).port}
+
+
+def _answering(_: Request) -> Action:
+    return Forward.ANSWER
+
+
+def _closing(_: Request) -> Action:
+    return b""
+
+
+def _connected(ports: Sequence[int | None]) -> set[int]:
+    """Return those of the ports to which this process holds a connection, closed or not."""
+    own = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd)}
+    found = set()
+    for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        port = int(fields[2].rpartition(":")[2], 16)
+        if port in ports and f"socket:[{fields[9]}]" in own:
+            found.add(port)
+    return found
+
+
+def _is_open(descriptor: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")
