@@ -1,7 +1,7 @@
 """Devices and their addresses: read by packed messages, changed through pyroute2.
 
 pyroute2 is imported with the first change. On a host where everything is as it was left, which is
-every restart, that saves a third of the start and 12 MB.
+every restart, that saves 50 ms of the start and 6 MB.
 """
 
 import errno
@@ -84,8 +84,7 @@ class Kernel:
             raise
 
     def _change(self, what: str, command: str, attributes: dict[str, Any]) -> None:
-        from pyroute2 import IPRoute
-        from pyroute2.netlink.exceptions import NetlinkError
+        from flanneld.kernel.iproute import IPRoute, NetlinkError
 
         if self._changes is None:
             self._changes = IPRoute()

@@ -30,14 +30,16 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
 
+from flanneld.errors import OptionError, StoreUnavailable
+from flanneld.subnet.python_etcd import etcd
+from flanneld.subnet.store import Behind
+
+# isort: split
+# After python_etcd, which imports urllib3 without what is not needed.
 import urllib3
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ClosedPoolError
-
-from flanneld.errors import OptionError, StoreUnavailable
-from flanneld.subnet.python_etcd import etcd
-from flanneld.subnet.store import Behind
 
 T = TypeVar("T")
 

@@ -15,8 +15,6 @@ from http.client import IncompleteRead, RemoteDisconnected
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, SSLError
-
 from flanneld.errors import (
     CompareFailed,
     HistoryCleared,
@@ -36,6 +34,10 @@ from flanneld.subnet.etcd_member import (
 )
 from flanneld.subnet.python_etcd import etcd
 from flanneld.subnet.store import Behind, Change, Node, Poll, Snapshot, StoreEvent
+
+# isort: split
+# After python_etcd, as in etcd_member.
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, SSLError
 
 T = TypeVar("T")
 
