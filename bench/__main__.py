@@ -4,11 +4,13 @@
 """
 
 import argparse
+import compileall
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import flanneld
 from bench import events, machine, report, start, traffic
 from bench.scene import FULL, QUICK, Overlay, Scene, implementations
 from lab import Lab, needs
@@ -31,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
     Lab.sweep_stale()
+    # As pip does at an installation.
+    compileall.compile_dir(Path(flanneld.__file__).parent, quiet=1)
     who = implementations(options.peer)
     about = machine.describe() | {"load average before": machine.load()}
     began = time.monotonic()
