@@ -1,17 +1,15 @@
 """What one event costs, what a burst costs, and what a resync costs."""
 
-import os
-import signal
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from bench.kernelwatch import KernelWatch
 from bench.leases import FIRST_OF_BURST, FIRST_OF_EVENTS, FIRST_OF_RESYNC, key, value
 from bench.results import Key
 from bench.scene import PATIENCE, Overlay, Scene, Site
 from bench.start import Attempt, start_and_watch
-from lab import NotInTime, eventually
+from lab import NotInTime
+from lab.process import freeze, thaw
 
 LATENCY = "write of a lease to the entry"
 WRITE = "write of a lease alone"
@@ -112,14 +110,14 @@ def _resyncs(scene: Scene, site: Site) -> None:
             number = FIRST_OF_RESYNC + 2 * turn
             watch.forget()
             resets = site.daemon.log().count(_RESET)
-            _freeze(site.daemon.pid)
+            freeze(site.daemon.pid)
             try:
                 scene.writer.put(overlay.prefix, overlay.backend, [number])
                 scene.writer.fill_history(_HISTORY + 200)
                 scene.writer.put(overlay.prefix, overlay.backend, [number + 1])
                 began = time.monotonic()
             finally:
-                os.kill(site.daemon.pid, signal.SIGCONT)
+                thaw(site.daemon.pid)
             last = watch.wait_written(2, PATIENCE)
             if last is None:
                 raise NotInTime(f"no entry after a resync\n{site.daemon.explain()}")
@@ -132,19 +130,6 @@ def _resyncs(scene: Scene, site: Site) -> None:
                 scene.results.problems.append(said)
             scene.say(said)
             _remove(site, watch, [number, number + 1])
-
-
-def _freeze(pid: int) -> None:
-    """SIGSTOP, and wait until it has come: a thread that still runs would see the first lease, and
-    wait for the next one in time to be told of it."""
-    os.kill(pid, signal.SIGSTOP)
-    tasks = list(Path(f"/proc/{pid}/task").iterdir())
-    eventually(
-        lambda: all(") T " in (task / "stat").read_text() for task in tasks),
-        PATIENCE,
-        f"process {pid} to stop",
-        interval=0.001,
-    )
 
 
 def _burst(scene: Scene, site: Site, count: int) -> None:

@@ -3,9 +3,7 @@
 Needs etcd 3.4 or 3.5 (Debian's etcd-server): 3.6 no longer has ``--enable-v2``.
 """
 
-import os
 import shutil
-import signal
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from lab import certs, names
 from lab.etcdv2 import EtcdV2
-from lab.process import LabError, end, environment, tail
+from lab.process import LabError, end, environment, freeze, tail, thaw
 from lab.wait import NotInTime, eventually
 
 if TYPE_CHECKING:
@@ -242,12 +240,12 @@ class Etcd:
             self._process.wait()
 
     def freeze(self) -> None:
-        """SIGSTOP: connections stay open, nothing is answered."""
-        os.kill(self.pid, signal.SIGSTOP)
+        """Connections stay open, nothing is answered from now on."""
+        freeze(self.pid)
 
     def thaw(self) -> None:
         """Undo ``freeze``."""
-        os.kill(self.pid, signal.SIGCONT)
+        thaw(self.pid)
 
     def restart(self) -> None:
         """Stop it and start it on the same data."""

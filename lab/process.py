@@ -5,6 +5,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lab.wait import eventually
 
 
 class LabError(Exception):
@@ -95,15 +98,37 @@ def send(pid: int, number: signal.Signals) -> None:
         return
 
 
+def freeze(pid: int, timeout: float = 5.0) -> None:
+    """SIGSTOP, and wait until it has come: a thread on another core runs on for a moment."""
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: _is_frozen(pid), timeout, f"process {pid} to be frozen", interval=0.001)
+
+
+def thaw(pid: int) -> None:
+    """Undo ``freeze``."""
+    os.kill(pid, signal.SIGCONT)
+
+
+def _is_frozen(pid: int) -> bool:
+    try:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return all(_state(task / "stat") == "T" for task in tasks)
+    except (FileNotFoundError, ProcessLookupError):  # a thread has just ended
+        return False
+
+
 def is_running(pid: int) -> bool:
     """Whether the process exists and is not a zombie."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
-            text = stat.read()
+        return _state(Path(f"/proc/{pid}/stat")) != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def _state(stat: Path) -> str:
+    """The letter for the state in /proc/PID/stat."""
     # The second field is the command's name in parentheses and may hold anything.
-    return text.rpartition(")")[2].split()[0] != "Z"
+    return stat.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
 
 
 def tail(text: str, lines: int = 15) -> str:

@@ -1,7 +1,5 @@
 """etcd comes back empty, or older than it was, while hosts run and while one of them starts."""
 
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from overlay import entries
 
 from flanneld.kernel.spared import SPARE
 from lab import Flanneld, Host, eventually
+from lab.process import freeze, thaw
 
 from .fleet import Fleet, value_of_peer
 
@@ -93,11 +92,11 @@ def test_etcd_comes_back_empty_or_older_while_hosts_run(
 @contextmanager
 def frozen(daemon: Flanneld) -> Iterator[None]:
     """The daemon does nothing for a while; its host goes on."""
-    os.kill(daemon.pid, signal.SIGSTOP)
+    freeze(daemon.pid)
     try:
         yield
     finally:
-        os.kill(daemon.pid, signal.SIGCONT)
+        thaw(daemon.pid)
 
 
 def in_kernel(host: Host, backend: str, number: int) -> list[str]:

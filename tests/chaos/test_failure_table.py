@@ -32,6 +32,7 @@ from overlay import entries, of_peers, problems, start_containers
 
 from lab import Flanneld, Host, Lab, eventually
 from lab.cluster import EtcdCluster
+from lab.process import freeze, thaw
 
 from .fleet import Fleet, peers_said, value_of_peer
 
@@ -103,11 +104,11 @@ def no_packet_lost(fleet: Fleet, *, but_udp: bool = False) -> Iterator[None]:
 @contextmanager
 def frozen(daemon: Flanneld) -> Iterator[None]:
     """The daemon does nothing for a while; its host, and udp's tunnel, go on."""
-    os.kill(daemon.pid, signal.SIGSTOP)
+    freeze(daemon.pid)
     try:
         yield
     finally:
-        os.kill(daemon.pid, signal.SIGCONT)
+        thaw(daemon.pid)
 
 
 def in_kernel(host: Host, backend: str) -> object:

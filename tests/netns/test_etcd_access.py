@@ -1,7 +1,5 @@
 """etcd with certificates, with passwords, as a cluster; away, emptied, restored, misconfigured."""
 
-import os
-import signal
 import time
 
 import pytest
@@ -31,6 +29,7 @@ from lab.certs import make as make_certificates
 from lab.cluster import EtcdCluster
 from lab.etcd import Login
 from lab.namespaces import CONFIG_KEY, UNDERLAY
+from lab.process import freeze, thaw
 
 
 def errors(daemon: Flanneld) -> list[str]:
@@ -296,13 +295,13 @@ def test_the_watch_survives_a_history_that_is_gone(make_lab: MakeLab) -> None:
             one,
             mesh(daemons, one) | {"10.5.201.0/24": "10.97.0.101", "10.5.202.0/24": "10.97.0.102"},
         )
-        os.kill(daemon.pid, signal.SIGSTOP)
+        freeze(daemon.pid)
         client.put(key_of("10.5.203.0/24"), value_of("10.97.0.103"), ttl=600)
         client.put(key_of("10.5.202.0/24"), value_of("10.97.0.112"), ttl=600)
         client.delete(key_of("10.5.201.0/24"))
         for number in range(1100):
             client.put(f"/elsewhere/{number % 10}", str(number))
-        os.kill(daemon.pid, signal.SIGCONT)
+        thaw(daemon.pid)
         made_up = {"10.5.203.0/24": "10.97.0.103", "10.5.202.0/24": "10.97.0.112"}
         wait_routes(one, mesh(daemons, one) | made_up)
         client.put(key_of("10.5.204.0/24"), value_of("10.97.0.104"), ttl=600)

@@ -6,8 +6,6 @@ daemon's C library, which makes the answers to its requests.
 """
 
 import errno
-import os
-import signal
 import socket
 import time
 from contextlib import closing
@@ -43,7 +41,7 @@ from overlay import mesh as vxlan_mesh
 
 from lab import Flanneld, Host, Lab, eventually
 from lab.daemon import FLANNELD
-from lab.process import run
+from lab.process import freeze, run, thaw
 
 # Two rounds of trying again every second, and what may be late.
 A_WHILE = 2.5
@@ -185,7 +183,7 @@ def test_events_that_were_lost(make_lab: MakeLab) -> None:
     wait_meshed(daemons)
     host, daemon = lab.hosts[0], daemons[0]
     gone, spoilt = (str(each.subnet()) for each in daemons[1:])
-    os.kill(daemon.pid, signal.SIGSTOP)
+    freeze(daemon.pid)
     noise = [f"172.{16 + n // 65536}.{n // 256 % 256}.{n % 256}" for n in range(30_000)]
     host.run(["ip", "-batch", "-"], stdin="\n".join(f"route add blackhole {a}" for a in noise))
     # All after the buffer has run over.
@@ -195,7 +193,7 @@ def test_events_that_were_lost(make_lab: MakeLab) -> None:
         "route add 10.5.250.0/24 via 10.97.0.99 proto 102",
     )
     rss = daemon.rss_kb()
-    os.kill(daemon.pid, signal.SIGCONT)
+    thaw(daemon.pid)
     wait_meshed(daemons)
     assert problems(daemon) == ["Kernel events were lost: comparing everything"]
     assert daemon.rss_kb() - rss < 20_000

@@ -1,8 +1,6 @@
 """The host's own lease: taken, kept, lost, taken back; never one subnet for two hosts."""
 
-import os
 import re
-import signal
 import time
 
 from network import (
@@ -27,6 +25,7 @@ from network import (
 )
 
 from lab import Flanneld, eventually
+from lab.process import freeze, thaw
 
 FULL = LEASE_SECONDS - 120
 
@@ -54,12 +53,12 @@ def test_an_own_lease_that_expired_is_taken_back(make_lab: MakeLab) -> None:
     lab, daemons = running(make_lab, 2)
     sleeper, peer = daemons
     subnet = sleeper.subnet()
-    os.kill(sleeper.pid, signal.SIGSTOP)
+    freeze(sleeper.pid)
     with client_of(lab) as client:
         client.put(key_of(subnet), value_of("10.97.0.1"), ttl=1)
     wait_routes(peer.host, {})
     assert str(subnet) not in leases(lab)
-    os.kill(sleeper.pid, signal.SIGCONT)
+    thaw(sleeper.pid)
     node = wait_lease(lab, subnet, lambda node: node.value == value_of("10.97.0.1"))
     assert node.ttl is not None
     assert node.ttl > FULL
@@ -101,11 +100,11 @@ def test_a_lease_overwritten_by_another_host_ends_the_daemon(make_lab: MakeLab) 
 def test_a_lease_that_expired_and_went_to_another_host_is_not_fought_for(make_lab: MakeLab) -> None:
     lab, (daemon,) = running(make_lab, 1)
     subnet = daemon.subnet()
-    os.kill(daemon.pid, signal.SIGSTOP)
+    freeze(daemon.pid)
     with client_of(lab) as client:
         client.delete(key_of(subnet))
         client.put(key_of(subnet), value_of("10.97.0.99"), ttl=100)
-    os.kill(daemon.pid, signal.SIGCONT)
+    thaw(daemon.pid)
     assert daemon.wait_exit(PATIENCE) == 1
     assert "Lease has been revoked. Shutting down daemon." in daemon.log()
     assert leases(lab)[str(subnet)].value == value_of("10.97.0.99")

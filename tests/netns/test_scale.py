@@ -1,8 +1,6 @@
 """Many hosts at once: every lease becomes one route, whatever happens on the way."""
 
 import json
-import os
-import signal
 from collections import Counter
 from functools import partial
 
@@ -24,6 +22,7 @@ from network import (
 
 from lab import Flanneld, Host, Lab, eventually
 from lab.etcdv2 import EtcdV2
+from lab.process import freeze, thaw
 
 BURST = 500
 
@@ -115,12 +114,12 @@ def test_a_burst_while_the_daemon_sleeps_through_etcds_history(wide: Wide) -> No
     subnets = list(wanted)
     with client_of(lab) as client:
         write(client, {subnet: wanted[subnet] for subnet in subnets[:200]})
-        os.kill(daemon.pid, signal.SIGSTOP)
+        freeze(daemon.pid)
         write(client, {subnet: wanted[subnet] for subnet in subnets[200:300]})
         for number in range(1100):
             client.put("/elsewhere/key", str(number))
         write(client, {subnet: wanted[subnet] for subnet in subnets[300:400]})
-        os.kill(daemon.pid, signal.SIGCONT)
+        thaw(daemon.pid)
         write(client, {subnet: wanted[subnet] for subnet in subnets[400:]})
     wait_routes(host, wanted, 2 * PATIENCE)
     assert added(monitor) == dict.fromkeys(wanted, 1)

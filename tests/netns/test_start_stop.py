@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from network import (
@@ -27,6 +26,7 @@ from network import (
 )
 
 from lab import Flanneld, Host, Lab, eventually
+from lab.process import freeze, thaw
 
 # Seconds. The promise is two; a request that were waited for to its end would take five.
 EXIT = 4.5
@@ -77,12 +77,12 @@ def renewing_at_a_frozen_etcd(lab: Lab, daemon: Flanneld) -> None:
     ready(lab, daemon)
     etcd = etcd_of(lab)
     # While the daemon sleeps, it is given a reason to renew, and nobody to answer.
-    os.kill(daemon.pid, signal.SIGSTOP)
+    freeze(daemon.pid)
     with etcd.client() as client:
         client.put(key_of(daemon.subnet()), value_of(daemon.host.address), ttl=100)
     time.sleep(0.2)
     etcd.freeze()
-    os.kill(daemon.pid, signal.SIGCONT)
+    thaw(daemon.pid)
     daemon.wait_log("was rewritten by somebody else")
     time.sleep(0.3)
     assert "Lease renewed" not in daemon.log()
@@ -150,10 +150,9 @@ def test_a_signal_to_a_daemon_that_is_stopped_ends_it_when_it_goes_on(make_lab: 
     daemon = Flanneld(lab.hosts[0], "--healthz-port=10471")
     for _ in range(6):
         daemon.start().wait_ready()
-        os.kill(daemon.pid, signal.SIGSTOP)
-        eventually(lambda: state(daemon.pid) == "T", PATIENCE, "the daemon to be stopped")
+        freeze(daemon.pid)
         os.kill(daemon.pid, signal.SIGTERM)
-        os.kill(daemon.pid, signal.SIGCONT)
+        thaw(daemon.pid)
         assert daemon.wait_exit(EXIT) == 0
 
 
@@ -190,7 +189,7 @@ def test_a_second_signal_ends_the_daemon_at_once(make_lab: MakeLab) -> None:
 
 
 def test_ready_is_said_when_the_subnet_file_and_all_routes_are_there(make_lab: MakeLab) -> None:
-    """The daemon is stopped by SIGSTOP the moment it says READY=1, and the state looked at."""
+    """The daemon is frozen the moment it says READY=1, and the state looked at."""
     lab = make_lab(1)
     (host,) = lab.hosts
     put_config(lab, Network="10.16.0.0/12", SubnetLen=24, SubnetMax="10.16.49.0")
@@ -210,14 +209,9 @@ def test_ready_is_said_when_the_subnet_file_and_all_routes_are_there(make_lab: M
         )
         while trap.recv(4096) != b"READY=1":
             pass
-        process.send_signal(signal.SIGSTOP)
-        eventually(lambda: state(process.pid) == "T", PATIENCE, "the daemon to be stopped")
+        freeze(process.pid)
         assert host.subnet_file.read_text().count("\n") == 4
         assert peer_routes(host) == wanted
-
-
-def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_the_service_manager_is_told_every_step(make_lab: MakeLab) -> None:

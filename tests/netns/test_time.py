@@ -4,9 +4,7 @@ A lease lives for a day, and is renewed `MARGIN` before its end: a minute after 
 the longest margin there is. An operator who shortens it brings that moment near.
 """
 
-import os
 import re
-import signal
 import sys
 import time
 from pathlib import Path
@@ -31,6 +29,7 @@ from network import (
 
 from lab import Flanneld, Host, Lab, eventually
 from lab.etcdv2 import Node
+from lab.process import freeze, thaw
 from lab.wait import NotInTime
 
 MARGIN_FLAG = "--subnet-lease-renew-margin=1439"
@@ -129,14 +128,14 @@ def test_a_lease_whose_renewal_was_slept_through_is_renewed_on_waking(make_lab: 
     sleeper = daemons[0]
     node = due_in(lab, sleeper, 4)
     with Pings(lab.hosts) as pings:
-        os.kill(sleeper.pid, signal.SIGSTOP)
+        freeze(sleeper.pid)
         with pytest.raises(NotInTime):
             eventually(
                 lambda: leases(lab)[str(sleeper.subnet())].modified_index > node.modified_index,
                 6.0,
                 "a renewal, which must not come",
             )
-        os.kill(sleeper.pid, signal.SIGCONT)
+        thaw(sleeper.pid)
         wait_renewed(lab, sleeper, node)
         pings.go_on(5)
     assert count(sleeper, "Lease renewed") == 1

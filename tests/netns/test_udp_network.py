@@ -41,7 +41,7 @@ from overlay import (
 from bench.pairs import build, start_proxy
 from lab import Container, Flanneld, Host, Lab, eventually
 from lab.namespaces import CONFIG_KEY
-from lab.process import is_running
+from lab.process import freeze, is_running, thaw
 
 FULL = 1472
 PORT = 8285
@@ -183,10 +183,10 @@ def test_neither_a_frozen_daemon_nor_a_frozen_etcd_stalls_the_tunnel(make_lab: M
         etcd_of(lab).freeze()
         pings.go_on(50)
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+            freeze(pid)
         pings.go_on(50)
         for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+            thaw(pid)
         etcd_of(lab).thaw()
         pings.go_on(10)
 
@@ -210,7 +210,7 @@ def test_nobody_is_told_unreachable_while_the_tunnel_is_started_again(make_lab: 
     lab, (daemon, _) = running(make_lab)
     one, two = (host.containers[0] for host in lab.hosts)
     pid = tunnel_of(daemon)
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     client = one.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     with closing(client):
         client.setblocking(False)
@@ -256,7 +256,7 @@ def test_without_free_descriptors_it_waits_for_some(make_lab: MakeLab) -> None:
 def test_a_tunnel_that_is_stuck_is_replaced(make_lab: MakeLab) -> None:
     lab, (daemon, _) = running(make_lab)
     pid = tunnel_of(daemon)
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     daemon.wait_log(r"The udp tunnel has ended \(it does not answer for 5 s\)", 30)
     assert not is_running(pid)
     wait_connected(lab)
@@ -397,7 +397,7 @@ def test_a_device_that_is_not_ours_any_more_is_given_up(
 
 def test_a_stuck_tunnel_does_not_keep_a_deleted_device_away(make_lab: MakeLab) -> None:
     lab, (daemon, _) = running(make_lab)
-    os.kill(tunnel_of(daemon), signal.SIGSTOP)
+    freeze(tunnel_of(daemon))
     lab.hosts[0].ip("link del flannel0")
     wait_connected(lab)
     assert [line for line in problems(daemon) if "does not answer" in line] == []

@@ -22,7 +22,7 @@ from flanneld.backend.udp.peers import PeerRoute
 from flanneld.backend.udp.process import Exit, TunnelError
 from flanneld.backend.udp.tun import ALL, Offload
 from lab import Container, Lab, Namespace, eventually
-from lab.process import is_running
+from lab.process import freeze, is_running
 from lab.tunnel import PORT, HostTunnel, connect, container_of, route_to
 
 MakeLab = Callable[..., Lab]
@@ -420,7 +420,7 @@ def test_it_ends_with_its_daemon(make_lab: MakeLab) -> None:
     daemon = host.popen([sys.executable, "-c", script], output=output, env=env)
     pid = int(eventually(lambda: output.read_text().strip(), 20.0, "the tunnel's process id"))
     # It cannot notice by itself: the kernel has to end it.
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     assert is_running(pid)
     daemon.kill()
     daemon.wait()

@@ -1,8 +1,6 @@
 """The rights that systemd/flanneld.service leaves to the daemon are enough."""
 
-import os
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from test_udp_network import tunnel_of, wait_connected
 
 from lab import Flanneld, eventually
 from lab.daemon import FLANNELD
-from lab.process import is_running
+from lab.process import freeze, is_running
 
 UNIT = Path(__file__).parents[2] / "systemd" / "flanneld.service"
 
@@ -51,7 +49,7 @@ def test_a_stuck_udp_tunnel_is_ended_and_a_low_port_bound(make_lab: MakeLab) -> 
     start_containers(lab.hosts)
     wait_connected(lab)
     pid = tunnel_of(daemons[0])
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     daemons[0].wait_log("The udp tunnel has ended", 30)
     eventually(lambda: not is_running(pid), PATIENCE, "the end of the stuck tunnel")
     wait_connected(lab)

@@ -1,8 +1,6 @@
 """The vxlan network as its containers see it, and what keeps it running: nothing but the kernel."""
 
 import json
-import os
-import signal
 from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -43,6 +41,7 @@ from overlay import (
 
 from lab import Flanneld, Host, eventually
 from lab.namespaces import CONFIG_KEY
+from lab.process import freeze, thaw
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "backends"
 
@@ -104,13 +103,13 @@ def test_the_first_ping_to_a_new_peer_is_answered(make_lab: MakeLab) -> None:
     container = new.host.add_container()
     # With the daemons unable to do anything for it.
     for daemon in daemons:
-        os.kill(daemon.pid, signal.SIGSTOP)
+        freeze(daemon.pid)
     try:
         assert lab.hosts[0].containers[0].ping(container.address, 1).missing == ()
         assert container.ping(lab.hosts[1].containers[0].address, 1).missing == ()
     finally:
         for daemon in daemons:
-            os.kill(daemon.pid, signal.SIGCONT)
+            thaw(daemon.pid)
 
 
 def test_the_network_lives_on_without_its_daemons(make_lab: MakeLab) -> None:

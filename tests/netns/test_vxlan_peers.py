@@ -1,8 +1,6 @@
 """Peers that come, change and go: what of them is in the kernel, and what is not."""
 
-import os
 import re
-import signal
 from functools import partial
 from ipaddress import IPv4Address
 
@@ -33,6 +31,7 @@ from overlay import (
 )
 
 from lab import Flanneld, Host, Lab, eventually
+from lab.process import freeze, thaw
 
 SUBNET, OTHER = "10.5.201.0/24", "10.5.202.0/24"
 MAC_A, MAC_B, MAC_C = "02:00:00:00:00:aa", "02:00:00:00:00:bb", "02:00:00:00:00:cc"
@@ -82,7 +81,7 @@ def test_a_changed_peer_is_noticed_on_resync(make_lab: MakeLab, ip: str, mac: st
     with client_of(lab) as client:
         put_peer(client, SUBNET, IP_A, MAC_A)
         wait_entries(host, of_peers([(SUBNET, IP_A, MAC_A)]))
-        os.kill(daemon.pid, signal.SIGSTOP)
+        freeze(daemon.pid)
         try:
             # The one event for which the watch is waiting at this moment.
             put_peer(client, OTHER, IP_A, MAC_C)
@@ -91,7 +90,7 @@ def test_a_changed_peer_is_noticed_on_resync(make_lab: MakeLab, ip: str, mac: st
             for n in range(HISTORY + 10):
                 client.put("/elsewhere", str(n))
         finally:
-            os.kill(daemon.pid, signal.SIGCONT)
+            thaw(daemon.pid)
         daemon.wait_log("outside history window")
         wait_entries(host, of_peers([(SUBNET, ip, mac)]))
 

@@ -12,6 +12,7 @@ from overlay import mac_of
 from lab import Flanneld, Host, eventually
 from lab.etcd import Etcd
 from lab.namespaces import UNDERLAY
+from lab.process import freeze, thaw
 
 from .world import DEVICES, STEADY, World, kind_of, tunnels_of
 
@@ -71,8 +72,8 @@ def terminate_daemon(world: World) -> Strike:
 def freeze_daemon(world: World) -> Strike:
     daemon = _any(world)
     pid = daemon.pid
-    os.kill(pid, signal.SIGSTOP)
-    return Strike(daemon.host.label, lambda: os.kill(pid, signal.SIGCONT))
+    freeze(pid)
+    return Strike(daemon.host.label, lambda: thaw(pid))
 
 
 def kill_tunnel(world: World) -> Strike:
