@@ -77,6 +77,7 @@ def serve(parsed: Parsed, notifier: Notifier) -> int:
         for warning in parsed.warnings:
             log.warning("%s", warning)
         flags.check(parsed.options)
+        env.check_place(parsed.options.subnet_file)
         run(parsed.options, notifier, threading.Event())
     except Stopped:
         pass
