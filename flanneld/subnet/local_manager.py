@@ -220,10 +220,11 @@ class LocalManager:
                 self._away.over()
                 yield _status(lease, node)
                 while not stop.is_set():
-                    wait = self._spread(OWN_POLL)
+                    wait, began = self._spread(OWN_POLL), now()
                     pulse.beat(wait + STORE)
                     poll = self._store.poll(name, index, wait)
                     if poll.event is None:
+                        _pause_after_idle(wait, began, stop)
                         break  # to read again: the store may have lost the key without a word
                     yield _status(lease, poll.event.node)
                     index = poll.index
@@ -297,8 +298,7 @@ class LocalManager:
                 tracker.advance(poll.index)
                 self._check_config()
                 events = []
-                # A proxy that ends polls early must not make us ask without pause.
-                stop.wait(max(0.0, min(wait, 1.0) - (now() - began)))
+                _pause_after_idle(wait, began, stop)
             else:
                 events = tracker.event(poll.event, now())
             events += tracker.expire(now())
@@ -328,6 +328,11 @@ class LocalManager:
     def close(self) -> None:
         """See `SubnetManager.close`."""
         self._store.close()
+
+
+def _pause_after_idle(wait: float, began: float, stop: threading.Event) -> None:
+    """A proxy that ends polls early must not make us ask without pause."""
+    stop.wait(max(0.0, min(wait, 1.0) - (now() - began)))
 
 
 def _log_notes(tracker: LeaseTracker, warn: Sparing) -> None:

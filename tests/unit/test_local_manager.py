@@ -570,3 +570,15 @@ def test_a_history_used_up_at_any_other_time_is_said(
     assert heard == [
         "Watch of subnet leases failed because etcd index outside history window",
     ]
+
+
+def test_polls_of_the_own_lease_that_end_at_once_are_not_repeated_at_once(
+    store: MemoryStore, manager: LocalManager, lease: Lease, stop: Stop, clock: Clock
+) -> None:
+    """As through a proxy that answers for etcd, and knows nothing."""
+    store.on_idle = lambda _timeout: True
+    before = clock()
+    reports = manager.watch_lease(lease, stop)
+    for _ in range(11):
+        next(reports)
+    assert clock() - before >= 10.0
