@@ -27,7 +27,7 @@ from flanneld.errors import (
 )
 from flanneld.heartbeat import STORE, Pulse
 from flanneld.logs import verbose
-from flanneld.retry import Outage, Sparing
+from flanneld.retry import Once, Outage, Sparing
 from flanneld.subnet.allocate import Create, Discard, Reuse, decide, elder
 from flanneld.subnet.config import Config, parse_config
 from flanneld.subnet.gojson import shown
@@ -99,11 +99,11 @@ class LocalManager:
         """See `SubnetManager.acquire_lease`."""
         store_away = Outage(log.log, "failed to acquire lease", steady=1.0)
         full = Outage(log.log, "failed to acquire lease", steady=OUT_OF_SUBNETS_PAUSE)
-        said: set[str] = set()
+        say = Once(log.log)
         created: set[IPv4Network] = set()
         while not stop.is_set():
             try:
-                lease = self._acquire_round(config, attrs, said, created)
+                lease = self._acquire_round(config, attrs, say, created)
             except OutOfSubnets as error:
                 full.failed(error, stop)
                 self._check_config_is_the_same()
@@ -124,16 +124,16 @@ class LocalManager:
                 raise ConfigChanged("the network config has changed in the store")
 
     def _acquire_round(
-        self, config: Config, attrs: LeaseAttrs, said: set[str], created: set[IPv4Network]
+        self, config: Config, attrs: LeaseAttrs, say: Once, created: set[IPv4Network]
     ) -> Lease | None:
         """Take one step; return the lease once it is ours. ``created``: keys of earlier rounds."""
         snapshot = self._store.snapshot()
-        leases, taken, notes = _read_leases(snapshot)
+        leases, taken, bad = _read_leases(snapshot)
+        # Before there may be no subnet left: then these may be the reason.
+        say.warn(bad)
         decision = decide(leases, taken, attrs.public_ip, self._previous, config, rng=self._random)
-        for note in [*notes, *decision.notes]:
-            if note not in said:
-                said.add(note)
-                log.info("%s", note)
+        say.warn(decision.warnings)
+        say.info(decision.notes)
         match decision:
             case Reuse(lease=found) if found.subnet in created and _blocked(found, taken):
                 # Created a round ago, when what is unreadable now may have been another's lease.
