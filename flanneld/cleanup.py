@@ -37,6 +37,10 @@ def clean_up(options: Options, out: Callable[[str], object] = print) -> int:
     runs: then nothing is removed.
     """
     path = Path(options.subnet_file)
+    unusable = env.unusable(options.subnet_file)
+    if unusable is not None:
+        _complain(f"{options.subnet_file} is no subnet file: {unusable}")
+        return 1
     lock: int | None = None
     try:
         lock = take(path)

@@ -7,6 +7,7 @@ from socketserver import TCPServer
 from typing import Any
 
 from flanneld.errors import OptionError
+from flanneld.signals import kept_in_this_thread
 
 _TEXT = "text/plain; charset=utf-8"
 
@@ -63,4 +64,6 @@ def start_health_server(address: str, port: int) -> None:
             f"Start healthz server error. listen tcp {address}:{port}: {error.strerror}"
             " (choose another --healthz-port or --healthz-ip)"
         ) from error
-    threading.Thread(target=server.serve_forever, name="healthz", daemon=True).start()
+    # Not around the above: a name that is looked up may take its time, and a signal must end that.
+    with kept_in_this_thread():
+        threading.Thread(target=server.serve_forever, name="healthz", daemon=True).start()

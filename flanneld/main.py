@@ -77,6 +77,7 @@ def serve(parsed: Parsed, notifier: Notifier) -> int:
         for warning in parsed.warnings:
             log.warning("%s", warning)
         flags.check(parsed.options)
+        env.check_place(parsed.options.subnet_file)
         run(parsed.options, notifier, threading.Event())
     except Stopped:
         pass
@@ -198,8 +199,7 @@ def start_healthz(options: Options) -> None:
     from flanneld.healthz import start_health_server
 
     log.info("Start healthz server on %s:%d", options.healthz_ip, options.healthz_port)
-    with kept_in_this_thread():
-        start_health_server(options.healthz_ip, options.healthz_port)
+    start_health_server(options.healthz_ip, options.healthz_port)
 
 
 def fetch_config(manager: SubnetManager, notifier: Notifier, stop: threading.Event) -> Config:

@@ -4,7 +4,7 @@ import logging
 import random
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from flanneld.clock import now
 from flanneld.logs import go_duration
@@ -125,6 +125,30 @@ class Sparing:
         if not self._left_out:
             self._log(logging.WARNING, f"Too many such lines: no more for up to {REPEAT:.0f} s")
         self._left_out += 1
+
+
+class Once:
+    """Says each line once, however often the step is repeated that has it to say."""
+
+    def __init__(self, log: Callable[[int, str], None]) -> None:
+        self._log = log
+        self._warn = Sparing(log)
+        self._said: set[str] = set()
+
+    def info(self, lines: Iterable[str]) -> None:
+        """Log what is new of these lines."""
+        for line in self._news(lines):
+            self._log(logging.INFO, line)
+
+    def warn(self, lines: Iterable[str]) -> None:
+        """Log what is new of these lines as warnings, but not without end: see `Sparing`."""
+        for line in self._news(lines):
+            self._warn(line)
+
+    def _news(self, lines: Iterable[str]) -> list[str]:
+        news = [line for line in lines if line not in self._said]
+        self._said.update(news)
+        return news
 
 
 def _essence(reason: str) -> frozenset[str]:

@@ -25,6 +25,7 @@ class Reuse:
 
     lease: Lease
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Discard:
 
     lease: Lease
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,12 @@ class Create:
     subnet: IPv4Network
     previous: bool
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 Decision = Reuse | Discard | Create
-"""What to do. ``notes`` are the lines to log, in v0.8.0's wording where it has one."""
+"""What to do. ``warnings`` and ``notes`` are the lines to log, in this order; in v0.8.0's wording
+where it has one."""
 
 
 def compatible(subnet: IPv4Network, config: Config) -> bool:
@@ -107,6 +111,7 @@ def decide(
         return _reuse(usable[0], own, own_ip)
 
     notes: list[str] = []
+    warnings: list[str] = []
     for lease in own:
         found = f"Found lease ({lease.subnet}) for current IP ({own_ip}) but"
         other = elder(lease, leases)
@@ -118,18 +123,20 @@ def decide(
             remedy = "delete it or change the config"
         if not lease.is_reservation:
             notes.append(f"{found}, deleting")
-            return Discard(lease, tuple(notes))
-        notes.append(f"{found}, leaving it alone: it is a reservation; {remedy}")
+            return Discard(lease, tuple(notes), tuple(warnings))
+        warnings.append(f"{found}, leaving it alone: it is a reservation; {remedy}")
 
     if previous is not None:
         found = f"Found previously leased subnet ({previous})"
         if not compatible(previous, config):
-            notes.append(f"{found} that is not compatible with the Etcd network config, ignoring")
+            warnings.append(
+                f"{found} that is not compatible with the Etcd network config, ignoring"
+            )
         elif holder := _holder(previous, leases, unreadable):
-            notes.append(f"{found}, but {holder}; taking another")
+            warnings.append(f"{found}, but {holder}; taking another")
         else:
             notes.append(f"{found}, reusing")
-            return Create(previous, previous=True, notes=tuple(notes))
+            return Create(previous, True, tuple(notes), tuple(warnings))
 
     taken = [lease.subnet for lease in leases]
     taken.extend(unreadable)
@@ -137,19 +144,19 @@ def decide(
     free = first_free(taken, config)
     if not free:
         raise OutOfSubnets(_out_of_subnets(config))
-    return Create(rng.choice(free), previous=False, notes=tuple(notes))
+    return Create(rng.choice(free), False, tuple(notes), tuple(warnings))
 
 
 def _reuse(chosen: Lease, own: Iterable[Lease], own_ip: IPv4Address) -> Reuse:
-    notes = [f"Found lease ({chosen.subnet}) for current IP ({own_ip}), reusing"]
-    notes.extend(
+    note = f"Found lease ({chosen.subnet}) for current IP ({own_ip}), reusing"
+    warnings = tuple(
         f"Found lease ({lease.subnet}) for current IP ({own_ip}) too, leaving it alone: "
         f"{'delete the reservation' if lease.is_reservation else 'it expires'} "
         "unless another host has the same public IP"
         for lease in own
         if lease is not chosen
     )
-    return Reuse(chosen, tuple(notes))
+    return Reuse(chosen, (note,), warnings)
 
 
 def _holder(

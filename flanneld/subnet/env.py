@@ -38,6 +38,31 @@ def render(network: IPv4Network, subnet: IPv4Network, mtu: int, ip_masq: bool) -
     )
 
 
+def unusable(path: str | Path) -> str | None:
+    """Why there can be no subnet file at ``path``; ``None`` if there can, as far as one sees.
+
+    What stands there and is no file is not ours to replace or remove: ``/dev/null``, say.
+    """
+    if not Path(path).name:
+        return "it names no file"
+    try:
+        mode = os.lstat(path).st_mode
+    except (OSError, ValueError):
+        return None  # reading and writing will say what is the matter
+    if stat.S_ISDIR(mode):
+        return os.strerror(errno.EISDIR)
+    return None if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else "not a regular file"
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse, before anything is touched, what `write` would. Raises SubnetFileError."""
+    reason = unusable(path)
+    if reason is not None:
+        raise SubnetFileError(
+            f"Failed to write subnet file {path}: {reason}; name another with --subnet-file"
+        )
+
+
 def write(path: str | Path, text: str) -> None:
     """Put ``text`` into the file at ``path``, at once and durably.
 
@@ -46,6 +71,7 @@ def write(path: str | Path, text: str) -> None:
     :class:`SubnetFileError`; then the old file is still there, unless only making the new
     one durable failed.
     """
+    check_place(path)
     try:
         target = Path(path)
         _make_directories(target.parent)

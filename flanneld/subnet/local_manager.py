@@ -27,7 +27,7 @@ from flanneld.errors import (
 )
 from flanneld.heartbeat import STORE, Pulse
 from flanneld.logs import verbose
-from flanneld.retry import Outage, Sparing
+from flanneld.retry import Once, Outage, Sparing
 from flanneld.subnet.allocate import Create, Discard, Reuse, decide, elder
 from flanneld.subnet.config import Config, parse_config
 from flanneld.subnet.gojson import shown
@@ -99,11 +99,11 @@ class LocalManager:
         """See `SubnetManager.acquire_lease`."""
         store_away = Outage(log.log, "failed to acquire lease", steady=1.0)
         full = Outage(log.log, "failed to acquire lease", steady=OUT_OF_SUBNETS_PAUSE)
-        said: set[str] = set()
+        say = Once(log.log)
         created: set[IPv4Network] = set()
         while not stop.is_set():
             try:
-                lease = self._acquire_round(config, attrs, said, created)
+                lease = self._acquire_round(config, attrs, say, created)
             except OutOfSubnets as error:
                 full.failed(error, stop)
                 self._check_config_is_the_same()
@@ -124,16 +124,16 @@ class LocalManager:
                 raise ConfigChanged("the network config has changed in the store")
 
     def _acquire_round(
-        self, config: Config, attrs: LeaseAttrs, said: set[str], created: set[IPv4Network]
+        self, config: Config, attrs: LeaseAttrs, say: Once, created: set[IPv4Network]
     ) -> Lease | None:
         """Take one step; return the lease once it is ours. ``created``: keys of earlier rounds."""
         snapshot = self._store.snapshot()
-        leases, taken, notes = _read_leases(snapshot)
+        leases, taken, bad = _read_leases(snapshot)
+        # Before there may be no subnet left: then these may be the reason.
+        say.warn(bad)
         decision = decide(leases, taken, attrs.public_ip, self._previous, config, rng=self._random)
-        for note in [*notes, *decision.notes]:
-            if note not in said:
-                said.add(note)
-                log.info("%s", note)
+        say.warn(decision.warnings)
+        say.info(decision.notes)
         match decision:
             case Reuse(lease=found) if found.subnet in created and _blocked(found, taken):
                 # Created a round ago, when what is unreadable now may have been another's lease.
@@ -220,10 +220,11 @@ class LocalManager:
                 self._away.over()
                 yield _status(lease, node)
                 while not stop.is_set():
-                    wait = self._spread(OWN_POLL)
+                    wait, began = self._spread(OWN_POLL), now()
                     pulse.beat(wait + STORE)
                     poll = self._store.poll(name, index, wait)
                     if poll.event is None:
+                        _pause_after_idle(wait, began, stop)
                         break  # to read again: the store may have lost the key without a word
                     yield _status(lease, poll.event.node)
                     index = poll.index
@@ -297,8 +298,7 @@ class LocalManager:
                 tracker.advance(poll.index)
                 self._check_config()
                 events = []
-                # A proxy that ends polls early must not make us ask without pause.
-                stop.wait(max(0.0, min(wait, 1.0) - (now() - began)))
+                _pause_after_idle(wait, began, stop)
             else:
                 events = tracker.event(poll.event, now())
             events += tracker.expire(now())
@@ -328,6 +328,11 @@ class LocalManager:
     def close(self) -> None:
         """See `SubnetManager.close`."""
         self._store.close()
+
+
+def _pause_after_idle(wait: float, began: float, stop: threading.Event) -> None:
+    """A proxy that ends polls early must not make us ask without pause."""
+    stop.wait(max(0.0, min(wait, 1.0) - (now() - began)))
 
 
 def _log_notes(tracker: LeaseTracker, warn: Sparing) -> None:

@@ -178,7 +178,8 @@ class LeaseMonitor:
             self._renew_at = now() + pause
             if self._published or str(error) != self._failure:
                 self._failure = str(error)
-                log.error("Error renewing lease (trying again in %.0f s): %s", pause, error)
+                wait = "1 min" if pause == RETRY else f"{pause:.0f} s"
+                log.error("Error renewing lease (trying again in %s): %s", wait, error)
             return
         self._in_doubt, self._published, self._failure = False, True, ""
         self._written.append(self._lease.modified_index)

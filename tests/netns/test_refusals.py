@@ -1,5 +1,7 @@
 """What cannot work is refused at the start: one line that says why, and the right exit status."""
 
+import os
+import stat
 import sys
 from collections.abc import Iterator
 
@@ -62,6 +64,8 @@ def test_help_and_version_end_it_with_status_0(lab: Lab) -> None:
         (["--subnet-lease-renew-margin=1440"], ["Invalid subnet-lease-renew-margin", "1440"]),
         (["--etcd-certfile=/x"], ["etcd-certfile is given without etcd-keyfile"]),
         (["--etcd-cafile=/x"], ["cannot use the etcd CA file /x: ", "No such file"]),
+        (["--subnet-file="], ["Failed to write subnet file", "names no file"]),
+        (["--subnet-file=/"], ["Failed to write subnet file", "names no file"]),
         (["--etcd-endpoints=ftp://x"], ["unusable etcd endpoint 'ftp://x'"]),
     ],
 )
@@ -80,6 +84,24 @@ def test_what_cannot_work_ends_it_with_status_1_and_one_line(
     for word in words:
         assert word in errors[0]
     assert not host.subnet_file.exists()
+    assert leases(lab) == {}
+
+
+@pytest.mark.parametrize("what", [[], ["--cleanup"]])
+def test_a_device_in_the_place_of_the_subnet_file_stays(lab: Lab, what: list[str]) -> None:
+    """``--subnet-file=/dev/null`` must not cost the host its null device."""
+    (host,) = lab.hosts
+    assert isinstance(lab.etcd, Etcd)
+    device = lab.scratch_file("null")
+    os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    before = sorted(lab.directory.iterdir())
+    file = f"--subnet-file={device}"
+    done = host.run([*PROGRAM, *lab.etcd.client_flags(), "--iface=eth0", file, *what], check=False)
+    assert done.returncode == 1
+    assert "not a regular file" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert stat.S_ISCHR(device.lstat().st_mode)
+    assert sorted(lab.directory.iterdir()) == before
     assert leases(lab) == {}
 
 

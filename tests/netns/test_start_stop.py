@@ -143,6 +143,29 @@ def test_a_signal_in_the_very_first_moments_ends_the_daemon_too(make_lab: MakeLa
         assert "this is a bug" not in daemon.log()
 
 
+def test_a_signal_while_the_health_servers_name_is_looked_up_ends_the_daemon(
+    make_lab: MakeLab,
+) -> None:
+    """The C library waits ten seconds for a name server that does not answer."""
+    lab = make_lab(1)
+    silent = lab.underlay.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    lab.when_closing(silent.close)
+    silent.bind(("10.97.0.254", 53))
+    silent.settimeout(PATIENCE)
+    servers = lab.scratch_file("resolv.conf")
+    servers.write_text("nameserver 10.97.0.254\n")
+    # In a mount namespace of its own, which leaves the process as it is.
+    script = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
+    program = ["unshare", "--mount", "sh", "-c", script, str(servers), *PROGRAM]
+    flags = ("--healthz-ip=health.example", "--healthz-port=10471")
+    daemon = Flanneld(lab.hosts[0], *flags, program=program).start()
+    daemon.wait_log("Start healthz server on health.example:10471")
+    assert silent.recv(512)  # it is asking
+    os.kill(daemon.pid, signal.SIGTERM)
+    assert daemon.wait_exit(EXIT) == 0
+    assert said(daemon)[-1] == "STOPPING=1"
+
+
 def test_a_signal_to_a_daemon_that_is_stopped_ends_it_when_it_goes_on(make_lab: MakeLab) -> None:
     """Of a process that wakes up the kernel asks any thread to take the signal."""
     lab = make_lab(1)

@@ -1,5 +1,6 @@
 """TLS, basic auth, and options that cannot be used."""
 
+import contextlib
 import os
 import ssl
 from base64 import b64encode
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flanneld.errors import OptionError, StoreDenied, StoreUnavailable
-from flanneld.subnet.etcd_member import Credentials, parse_endpoint
+from flanneld.subnet.etcd_member import Credentials, OpenSockets, parse_endpoint, tls_context
 from lab import certs
 from lab.etcd import LOOPBACK, Etcd, Login
 from lab.process import run
@@ -80,6 +81,38 @@ def test_server_with_another_name_is_refused(
         with pytest.raises(StoreUnavailable, match=r"(?i)hostname mismatch.*'localhost'"):
             store.read_config()
         assert server.requests == []
+
+
+def test_certificates_of_a_plain_openssl_are_taken_by_every_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Go takes an authority without a key usage; Python 3.13 and later do not, by default."""
+    default = ssl.create_default_context
+
+    def as_since_3_13(*, cafile: str) -> ssl.SSLContext:
+        context = default(cafile=cafile)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    ca, ca_key, cert, key = (str(tmp_path / name) for name in ("ca", "ca-key", "cert", "key"))
+    names = tmp_path / "names"
+    names.write_text("subjectAltName=IP:127.0.0.1")
+    run(["openssl", "req", "-x509", *curve, "-subj", "/CN=ca", "-keyout", ca_key, "-out", ca])
+    run(["openssl", "req", "-new", *curve, "-subj", "/CN=x", "-keyout", key, "-out", f"{cert}-req"])
+    by_ca = ("-CA", ca, "-CAkey", ca_key, "-CAcreateserial", "-extfile", str(names))
+    run(["openssl", "x509", "-req", "-in", f"{cert}-req", *by_ca, "-out", cert])
+    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_context.load_cert_chain(cert, key)
+    monkeypatch.setattr(ssl, "create_default_context", as_since_3_13)
+    context = tls_context(Credentials(ca_file=ca), OpenSockets())
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = server_context.wrap_bio(there, back, server_side=True)
+    client = context.wrap_bio(back, there, server_hostname="127.0.0.1")
+    for end in (client, server, client):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    assert client.getpeercert()
 
 
 def test_client_without_certificate_is_refused(

@@ -71,9 +71,9 @@ def test_best_of_several_own_leases_is_reused(
     assert isinstance(decision, Reuse)
     assert str(decision.lease.subnet) == kept
     [other] = [subnet for subnet, _ in own if subnet != kept]
-    assert decision.notes[0] == f"Found lease ({kept}) for current IP (10.97.0.1), reusing"
-    assert decision.notes[1].startswith(f"Found lease ({other}) for current IP (10.97.0.1) too")
-    assert len(decision.notes) == 2
+    assert decision.notes == (f"Found lease ({kept}) for current IP (10.97.0.1), reusing",)
+    (warning,) = decision.warnings
+    assert warning.startswith(f"Found lease ({other}) for current IP (10.97.0.1) too")
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_own_reservation_that_does_not_fit_is_left_alone_and_taken() -> None:
     decision = choose([reservation], previous="10.5.3.0/24")
     assert isinstance(decision, Create)
     assert not decision.subnet.overlaps(reservation.subnet)
-    assert [note.partition(" (")[0] for note in decision.notes] == [
+    assert [line.partition(" (")[0] for line in (*decision.warnings, *decision.notes)] == [
         "Found lease",
         "Found previously leased subnet",
         "Picking subnet in range 10.5.1.0 ... 10.5.255.0",
     ]
-    assert "it is a reservation" in decision.notes[0]
+    assert "it is a reservation" in decision.warnings[0]
     other = lease("10.6.7.0/24", OWN_IP)
     discard = choose([reservation, other])
     assert isinstance(discard, Discard)
@@ -141,7 +141,7 @@ def test_a_reservation_that_overlaps_an_elder_lease_is_left_alone_and_not_used()
     decision = choose([own, created(7, "10.5.4.0/22", PEER_IP)])
     assert isinstance(decision, Create)
     assert not decision.subnet.overlaps(IPv4Network("10.5.4.0/22"))
-    assert decision.notes[0].endswith(
+    assert decision.warnings[0].endswith(
         "leaving it alone: it is a reservation; delete one of the two"
     )
 
@@ -169,9 +169,9 @@ def test_previous_subnet_of_another_host_is_not_taken(
     decision = choose([lease(text) for text in leases], unreadable, "10.5.123.0/24")
     assert isinstance(decision, Create)
     assert not decision.previous
-    assert decision.notes[0].startswith("Found previously leased subnet (10.5.123.0/24), but ")
-    assert why in decision.notes[0]
-    assert decision.notes[1] == "Picking subnet in range 10.5.1.0 ... 10.5.255.0"
+    assert decision.warnings[0].startswith("Found previously leased subnet (10.5.123.0/24), but ")
+    assert why in decision.warnings[0]
+    assert decision.notes[0] == "Picking subnet in range 10.5.1.0 ... 10.5.255.0"
 
 
 @pytest.mark.parametrize("previous", ["10.6.123.0/24", "10.5.123.0/25", "10.5.0.0/24", "0.0.0.0/0"])
@@ -179,11 +179,11 @@ def test_previous_subnet_that_does_not_fit_is_ignored(previous: str) -> None:
     decision = choose([], previous=previous)
     assert isinstance(decision, Create)
     assert not decision.previous
-    assert decision.notes == (
+    assert decision.warnings == (
         f"Found previously leased subnet ({previous}) "
         "that is not compatible with the Etcd network config, ignoring",
-        "Picking subnet in range 10.5.1.0 ... 10.5.255.0",
     )
+    assert decision.notes == ("Picking subnet in range 10.5.1.0 ... 10.5.255.0",)
 
 
 def test_the_choice_is_any_of_the_first_hundred() -> None:

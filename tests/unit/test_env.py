@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import socket
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -159,10 +160,22 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     ):
         with pytest.raises(SubnetFileError, match=reason):
             write(tmp_path / place, NEW)
-    with pytest.raises(SubnetFileError, match="Failed to write subnet file"):
-        write("", NEW)
+    for path in ("", ".", "/"):
+        with pytest.raises(SubnetFileError, match="names no file"):
+            write(path, NEW)
     assert names(tmp_path) == ["directory", "file", "loop"]
     assert names(tmp_path / "directory") == []
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    for name, is_still in (("fifo", stat.S_ISFIFO), ("socket", stat.S_ISSOCK)):
+        with pytest.raises(SubnetFileError, match="not a regular file"):
+            write(tmp_path / name, NEW)
+        assert is_still(os.lstat(tmp_path / name).st_mode)
+    assert names(tmp_path) == ["fifo", "socket"]
 
 
 DIED, FINISHED, RAISED = range(3)

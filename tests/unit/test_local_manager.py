@@ -183,10 +183,27 @@ def test_an_unreadable_key_keeps_its_range(
     store: MemoryStore, manager: LocalManager, stop: Stop, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.data.put(KEY, "garbage")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("WARNING"):
         assert manager.acquire_lease(CONFIG, ATTRS, stop).subnet != SUBNET
     assert f"Ignoring bad subnet node {KEY}: not JSON" in caplog.text
+    assert f"Found previously leased subnet ({SUBNET}), but an unreadable key" in caplog.text
     assert store.data.keys[KEY].value == "garbage"
+
+
+def test_unreadable_keys_that_leave_no_subnet_are_said_once_and_not_without_end(
+    store: MemoryStore, manager: LocalManager, stop: Stop, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.data.config = SMALL_TEXT
+    config = manager.network_config()
+    for third in range(1, 4):
+        store.data.put(f"10.5.{third}.0-24", "garbage", 12 if third == 2 else None)
+    for number in range(1000):
+        store.data.put(f"key-{number}", "garbage")
+    with caplog.at_level("WARNING"):
+        assert manager.acquire_lease(config, ATTRS, stop).subnet == IPv4Network("10.5.2.0/24")
+    assert caplog.text.count("Ignoring bad subnet node 10.5.2.0-24: not JSON") == 1
+    assert caplog.text.count("failed to acquire lease: out of subnets") == 1
+    assert len(caplog.messages) < 2 * retry.MOST_LINES
 
 
 def test_a_full_network_is_waited_for(
@@ -570,3 +587,15 @@ def test_a_history_used_up_at_any_other_time_is_said(
     assert heard == [
         "Watch of subnet leases failed because etcd index outside history window",
     ]
+
+
+def test_polls_of_the_own_lease_that_end_at_once_are_not_repeated_at_once(
+    store: MemoryStore, manager: LocalManager, lease: Lease, stop: Stop, clock: Clock
+) -> None:
+    """As through a proxy that answers for etcd, and knows nothing."""
+    store.on_idle = lambda _timeout: True
+    before = clock()
+    reports = manager.watch_lease(lease, stop)
+    for _ in range(11):
+        next(reports)
+    assert clock() - before >= 10.0

@@ -203,7 +203,7 @@ def test_a_failed_renewal_is_tried_again(host: Host, caplog: pytest.LogCaptureFi
         RETRY,
         host.check(3),
     )
-    assert caplog.text.count("Error renewing lease (trying again in 60 s)") == 2
+    assert caplog.text.count("Error renewing lease (trying again in 1 min)") == 2
 
 
 def test_the_lost_answer_of_a_renewal(host: Host, caplog: pytest.LogCaptureFixture) -> None:
