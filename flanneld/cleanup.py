@@ -16,7 +16,7 @@ from flanneld.flags import Options
 from flanneld.kernel.link import read_host_facts
 from flanneld.kernel.netlink import EntrySocket
 from flanneld.kernel.state import PROTOCOL
-from flanneld.lock import InUse, lock_file, take
+from flanneld.lock import InUse, lock_file, present, take
 from flanneld.logs import MANY
 from flanneld.masquerade.choose import removals
 from flanneld.masquerade.rules import absent
@@ -36,6 +36,10 @@ def clean_up(options: Options, out: Callable[[str], object] = print) -> int:
     What cannot be removed does not keep the rest. Status 1 if something is left, or if a daemon
     runs: then nothing is removed.
     """
+    if running := present():
+        # Whichever subnet file is its own: routes, devices and chains are the host's.
+        _complain(f"flanneld runs on this host (process {', '.join(running)}): {_STOP_FIRST}")
+        return 1
     path = Path(options.subnet_file)
     unusable = env.unusable(options.subnet_file)
     if unusable is not None:
@@ -122,7 +126,7 @@ def _remove_file(path: Path, out: Callable[[str], object]) -> bool:
 def _is_back() -> bool:
     """Whether something has come back, which only a running daemon does; says so.
 
-    One of another subnet file, or the original, holds no lock that we know of.
+    An original does not show itself otherwise.
     """
     with closing(EntrySocket()) as kernel:
         back = bool(kernel.routes(PROTOCOL))

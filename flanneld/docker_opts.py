@@ -129,7 +129,8 @@ def parse(argv: Sequence[str]) -> Request:
         )
     either = "-i" in given or "-c" in given
     return Request(
-        subnet_file=given.get("-f", defaults.subnet_file),
+        # Empty as flanneld takes it: the unit passes on FLANNELD_SUBNET_FILE, which may be.
+        subnet_file=given.get("-f") or defaults.subnet_file,
         output=given.get("-d", defaults.output),
         individual="-i" in given or not either,
         combined="-c" in given or not either,

@@ -1,8 +1,15 @@
-"""Who uses a subnet file: each daemon holds a lock beside its own for as long as it lives."""
+"""Who is at work here: each daemon shows itself, and holds a lock beside its subnet file."""
 
 import fcntl
 import os
+import re
+import socket
 from pathlib import Path
+
+# Abstract socket names belong to the network namespace, as the routes, devices and rules do. So a
+# daemon in a container with the host's network is seen, too, and none of another namespace.
+_PRESENCE = "flanneld/"
+_SOCKETS = Path("/proc/net/unix")
 
 
 class InUse(Exception):
@@ -38,3 +45,23 @@ def take(subnet_file: str | Path) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def show_presence() -> None:
+    """Show for as long as this process lives that a daemon works on this network namespace.
+
+    Raises OSError.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # In another PID namespace the same number may be taken.
+    sock.bind(f"\0{_PRESENCE}{os.getpid()}/{os.urandom(8).hex()}")
+    sock.detach()  # the kernel closes it with the process
+
+
+def present() -> list[str]:
+    """Return the process ids of the daemons that work on this network namespace."""
+    try:
+        listed = _SOCKETS.read_text(errors="replace")
+    except OSError:
+        return []
+    return re.findall(rf" @{_PRESENCE}(\d+)/[0-9a-f]+$", listed, re.MULTILINE)

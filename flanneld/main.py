@@ -24,7 +24,7 @@ from flanneld.errors import (
 from flanneld.flags import HelpRequested, Options, Parsed
 from flanneld.heartbeat import Heartbeat
 from flanneld.interface import ExternalInterface, SelectionError, look_up
-from flanneld.lock import InUse, take
+from flanneld.lock import InUse, show_presence, take
 from flanneld.notify import Notifier
 from flanneld.retry import Outage
 from flanneld.signals import Terminated, kept_in_this_thread
@@ -95,6 +95,8 @@ def serve(parsed: Parsed, notifier: Notifier) -> int:
 
 def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
     """Join the network and stay in it. Raises Terminated, or what ends the daemon."""
+    with suppress(OSError):  # only --cleanup looks at it
+        show_presence()
     external = choose_interface(options)
     previous = env.read_previous(options.subnet_file)
     if previous.warning:

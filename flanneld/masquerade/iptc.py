@@ -109,9 +109,10 @@ def _change(chain: Chain) -> list[str]:
 
 def _commit(change: Edit) -> None:
     name = change.chain.name
+    # Still the snapshot that was read, without a refresh: in another one the places to delete may
+    # be somebody else's. The kernel refuses it if rules have come or gone meanwhile.
     table = iptc.Table(change.chain.table, autocommit=False)
     try:
-        table.refresh()
         hook = iptc.Chain(table, change.chain.hook)
         there = hook.rules
         for place in reversed(change.delete):

@@ -62,7 +62,7 @@ class Keeper:
     def run(self, stop: threading.Event, pulse: Pulse | None = None) -> None:
         """Until ``stop``: apply, then check every ``resync`` seconds. Never raises.
 
-        If no rules are wanted, it takes away what a former run left, and ends.
+        If no rules are wanted, it takes away what a former run left, and ends once that is done.
         """
         outage = Outage(
             log.log,
@@ -93,7 +93,7 @@ class Keeper:
             else:
                 self._tried.set()
                 outage.over()
-                if idle:
+                if idle and self._choice is not None:
                     pulse.end()
                     return
                 pulse.beat(self._resync)

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 from network import PATIENCE, MakeLab, put_config, start
@@ -94,12 +95,43 @@ def test_while_a_daemon_runs_nothing_is_removed(
     assert clean(host).returncode == 0
 
 
-def test_a_daemon_with_another_subnet_file_is_noticed(make_lab: MakeLab) -> None:
+def clean_another(host: Host) -> subprocess.CompletedProcess[str]:
+    """Clean up with a subnet file that no daemon has."""
+    return host.run([*FLANNELD, "--cleanup", f"--subnet-file={host.directory}/x.env"], check=False)
+
+
+def test_a_daemon_with_another_subnet_file_keeps_everything(make_lab: MakeLab) -> None:
+    """As where the file is named in the service's settings, and not in the operator's shell."""
     lab = make_lab(2)
     put_config(lab)
-    start(*lab.hosts)
+    (daemon, other) = start(*lab.hosts, extra=("--ip-masq",))
     host = lab.hosts[0]
-    done = host.run([*FLANNELD, "--cleanup", f"--subnet-file={host.directory}/x.env"], check=False)
+    before = state(host)
+    done = clean_another(host)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"flanneld runs on this host (process {daemon.pid}): stop it first" in done.stderr
+    assert state(host) == before
+    # The other host's daemon does not matter.
+    daemon.kill9()
+    assert other.is_running
+    assert clean_another(host).returncode == 0
+
+
+# flanneld that does not show itself, as an original.
+HIDDEN = """
+from flanneld import main
+main.show_presence = lambda: None
+from flanneld.__main__ import console
+console()
+"""
+
+
+def test_a_daemon_that_cannot_be_seen_is_noticed(make_lab: MakeLab) -> None:
+    lab = make_lab(2)
+    put_config(lab)
+    for host in lab.hosts:
+        Flanneld(host, program=(sys.executable, "-c", HIDDEN)).start().wait_ready(2 * PATIENCE)
+    done = clean_another(lab.hosts[0])
     assert done.returncode == 1
     assert "a flanneld runs on this host, and puts everything back" in done.stderr
     eventually(lambda: connected(lab), PATIENCE, "everything to be back")

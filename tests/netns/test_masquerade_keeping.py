@@ -164,6 +164,48 @@ def test_no_rule_of_concurrent_writers_is_lost(make_lab: MakeLab, kind: Kind) ->
     wait_forward(host, kind, forward_lines())
 
 
+# Writes the rules once. Between reading and writing somebody who takes no lock puts a rule in
+# front, as a program in a container does that has a /run of its own.
+SURPRISED = """
+import os, subprocess
+from ipaddress import IPv4Network
+from flanneld.masquerade import iptc
+from flanneld.masquerade.driver import Commands, find_iptables
+from flanneld.masquerade.rules import wanted
+
+RULE = "-t nat -I POSTROUTING -s 192.0.2.1 -j RETURN"
+read, seen = iptc._read, []
+
+def interrupted(chain):
+    found = read(chain)
+    if chain.table == "nat" and not seen:
+        seen.append(chain)
+        environ = os.environ | {"XTABLES_LOCKFILE": "own.lock"}
+        subprocess.run(["iptables", *RULE.split()], check=True, env=environ)
+    return found
+
+iptc._read = interrupted
+network, subnet = IPv4Network("10.5.0.0/16"), IPv4Network("10.5.34.0/24")
+rules = wanted(network, subnet, masquerade=True, forward=True)
+iptc.IptcDriver(find_iptables(Commands()), rules).apply()
+"""
+
+
+def test_the_rule_of_a_writer_without_the_lock_is_not_taken_for_one_of_ours(
+    make_lab: MakeLab,
+) -> None:
+    lab = make(make_lab, LEGACY)
+    host = lab.hosts[0]
+    old = "-A POSTROUTING ! -s 10.5.0.0/16 -d 10.5.9.0/24 -j RETURN"
+    restored(host, LEGACY, "\n".join(["*nat", old, *FOREIGN_NAT, "COMMIT", ""]))
+    output = lab.scratch_file("surprised")
+    argv = ["env", "-C", str(lab.directory), sys.executable, "-c", SURPRISED]
+    writer = host.popen(argv, output=output, env=tools_environment(lab, LEGACY))
+    assert writer.wait(30) == 0, output.read_text()
+    theirs = ["-A POSTROUTING -s 192.0.2.1/32 -j RETURN", *FOREIGN_NAT]
+    in_place(host, LEGACY, "10.5.34.0/24", theirs)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_after_the_end_all_stays_and_the_next_start_changes_nothing(
     make_lab: MakeLab, kind: Kind

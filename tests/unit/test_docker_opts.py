@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flanneld.docker_opts import USAGE, main
+from flanneld import flags
+from flanneld.docker_opts import USAGE, Request, main, parse
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "mk-docker-opts"
 
@@ -125,6 +126,12 @@ def test_a_wrong_command_line_says_what_is_wrong(
     assert main(["-d", "docker.env", *arguments], {}) == 1
     assert words in capsys.readouterr().err
     assert os.listdir(directory) == []
+
+
+def test_an_empty_subnet_file_is_the_default_as_flanneld_has_it() -> None:
+    """The unit passes on FLANNELD_SUBNET_FILE, whatever it is."""
+    subnet_file = flags.parse([], {"FLANNELD_SUBNET_FILE": ""}).options.subnet_file
+    assert parse(["-s", "-f", ""]).subnet_file == subnet_file == Request().subnet_file
 
 
 def test_options_may_share_a_dash_and_touch_their_argument(directory: Path) -> None:
