@@ -14,6 +14,7 @@ from .servers import Action, Forward, Request, Server, Stall, poll_head
 @pytest.fixture(autouse=True)
 def _short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "LINGER", 0.1)
+    monkeypatch.setattr(watch, "UNSEEN", 0.1)
 
 
 def test_deleted_directory_is_lost_data_not_departure(cluster: Cluster) -> None:
