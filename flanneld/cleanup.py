@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -36,23 +36,18 @@ def clean_up(options: Options, out: Callable[[str], object] = print) -> int:
     What cannot be removed does not keep the rest. Status 1 if something is left, or if a daemon
     runs: then nothing is removed.
     """
-    if running := present():
-        # Whichever subnet file is its own: routes, devices and chains are the host's.
-        _complain(f"flanneld runs on this host (process {', '.join(running)}): {_STOP_FIRST}")
-        return 1
     path = Path(options.subnet_file)
-    unusable = env.unusable(options.subnet_file)
-    if unusable is not None:
-        _complain(f"{options.subnet_file} is no subnet file: {unusable}")
-        return 1
+    obstacle = _obstacle(path)
     lock: int | None = None
     try:
-        lock = take(path)
+        lock = take(path) if obstacle is None else None
     except InUse as error:
-        _complain(f"flanneld runs on this host (process {error.pid}): {_STOP_FIRST}")
-        return 1
+        obstacle = _runs([error.pid])
     except OSError:
         pass  # no such directory, or one that is read-only: no daemon runs with this file
+    if obstacle is not None:
+        _complain(obstacle)
+        return 1
     former = env.read_previous(path).network
     rules = absent([former] if former else [])
     removed = failed = False
@@ -84,6 +79,19 @@ def clean_up(options: Options, out: Callable[[str], object] = print) -> int:
     elif not failed:
         out("nothing of flanneld's was found on this host")
     return 1 if failed else 0
+
+
+def _obstacle(path: Path) -> str | None:
+    """Why nothing may be removed, as far as it shows without the lock; None if it may."""
+    # Whichever subnet file is its own: routes, devices and chains are the host's.
+    if running := present():
+        return _runs(running)
+    unusable = env.unusable(path)
+    return unusable and f"{path} is no subnet file: {unusable}"
+
+
+def _runs(pids: Sequence[str]) -> str:
+    return f"flanneld runs on this host (process {', '.join(pids)}): {_STOP_FIRST}"
 
 
 def _remove_routes() -> Iterator[str]:

@@ -73,10 +73,10 @@ class Outage:
                 self._since = time
                 if time - self._over_at >= CALM:
                     self._reason, self._pause = None, FIRST_PAUSE
-            essence = frozenset({kind}) if kind else _essence(text)
-            if essence != self._reason or time - self._logged >= REPEAT:
+            kinds = frozenset({kind}) if kind else essence(text)
+            if kinds != self._reason or time - self._logged >= REPEAT:
                 self._log(level, f"{self._message}: {text}")
-                self._reason, self._logged, self._said = essence, time, True
+                self._reason, self._logged, self._said = kinds, time, True
             pause = self._next_pause()
         return not stop.wait(pause)
 
@@ -151,7 +151,7 @@ class Once:
         return news
 
 
-def _essence(reason: str) -> frozenset[str]:
+def essence(reason: str) -> frozenset[str]:
     """Return what makes two reasons the same: neither etcd's index nor the order of endpoints."""
     without_index = re.sub(r" \[\d+\]", "", reason)
     return frozenset(re.split(r"; error #\d+: ", without_index))

@@ -11,6 +11,7 @@ from flanneld.clock import now
 from flanneld.errors import LeaseLost, StoreError
 from flanneld.heartbeat import STORE, Heartbeat, Pulse
 from flanneld.logs import go_duration
+from flanneld.retry import REPEAT, essence
 from flanneld.subnet.lease import Lease
 from flanneld.subnet.manager import LeaseState, LeaseStatus, SubnetManager
 
@@ -44,7 +45,8 @@ class LeaseMonitor:
         self._written: deque[int] = deque([lease.modified_index], maxlen=64)
         # The store has our value, as far as we know.
         self._published = True
-        self._failure = ""
+        self._failure: frozenset[str] = frozenset()
+        self._said_at = 0.0
         # A write that failed may have been carried out all the same.
         self._in_doubt = False
         self._altered: deque[float] = deque(maxlen=FIGHTS)
@@ -176,18 +178,23 @@ class LeaseMonitor:
             elif self._ends_at - now() < 4 * RETRY:
                 pause = max(RETRY_LOST, (self._ends_at - now()) / 4)
             self._renew_at = now() + pause
-            if self._published or str(error) != self._failure:
-                self._failure = str(error)
-                wait = "1 min" if pause == RETRY else f"{pause:.0f} s"
-                log.error("Error renewing lease (trying again in %s): %s", wait, error)
+            self._say_failure(error, pause)
             return
-        self._in_doubt, self._published, self._failure = False, True, ""
+        self._in_doubt, self._published, self._failure = False, True, frozenset()
         self._written.append(self._lease.modified_index)
         self._schedule(self._lease)
         if self._lease.ttl is not None:
             end = datetime.now(UTC) + timedelta(seconds=self._lease.ttl)
             log.info("Lease renewed, new expiration: %s UTC", end.strftime("%Y-%m-%d %H:%M:%S %z"))
         self._log_schedule()
+
+    def _say_failure(self, error: StoreError, pause: float) -> None:
+        """When its reason is another, and once a minute: it may be tried every second for days."""
+        reason = essence(str(error))
+        if reason != self._failure or now() - self._said_at >= REPEAT:
+            self._failure, self._said_at = reason, now()
+            wait = "1 min" if pause == RETRY else f"{pause:.0f} s"
+            log.error("Error renewing lease (trying again in %s): %s", wait, error)
 
     def _schedule(self, lease: Lease) -> None:
         if lease.ttl is None:

@@ -10,7 +10,9 @@ renewal changes nothing and yields nothing. A key that becomes unreadable, or wh
 be used, counts as gone.
 
 A lease that is gone is used for `LINGER` seconds more: a host whose lease was deleted by mistake,
-or expired, takes it back within milliseconds, and no packet should fall into that gap.
+or expired, takes it back within milliseconds, and no packet should fall into that gap. One that is
+only found missing in a snapshot is used for `UNSEEN` seconds: an outage hid how it went, and its
+host comes out of that outage a moment later than we do.
 
 A store that went back in time (emptied, or restored from a backup) is believed in what it adds,
 not in what it lacks: its peers are still there, and will publish their leases again. So what it
@@ -31,6 +33,11 @@ from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
 
 # Seconds. Long for a host that takes its lease back, short for one that has left.
 LINGER = 1.0
+
+# Seconds. Longer than the longest pause between two looks at a store that was away, and a request.
+# A backup that lacks few writes shows in nothing but the missing keys, as etcd itself writes some
+# at its start and so comes past our mark.
+UNSEEN = 4.0
 
 # Seconds by which two readings of one lease's end may differ: the store counts whole seconds.
 _TTL_SLACK = 3.0
@@ -109,7 +116,7 @@ class LeaseTracker:
         missing = self._known.keys() - found.keys()
         lost = {n for n in missing - present if went_back or n in self._held}
         for name in missing - lost:
-            self._leave(name, now)
+            self._leave(name, now, LINGER if name in present else UNSEEN)
         before = len(self._held)
         for name in lost:
             self._hold(name, None)
@@ -141,7 +148,7 @@ class LeaseTracker:
             return self._take(event.name, lease, now)
         if event.node is None:
             self._ignored.pop(event.name, None)
-        self._leave(event.name, now)
+        self._leave(event.name, now, LINGER)
         return []
 
     def due(self, now: float) -> float | None:
@@ -207,10 +214,10 @@ class LeaseTracker:
             events.append(LeaseEvent(EventType.ADDED, lease, before.lease))
         return events
 
-    def _leave(self, name: str, now: float) -> None:
+    def _leave(self, name: str, now: float, linger: float) -> None:
         known = self._known.get(name)
         if known is not None:
-            ends = min(known.ends, now + LINGER) if name in self._held else now + LINGER
+            ends = min(known.ends, now + linger) if name in self._held else now + linger
             self._known[name] = _Known(known.lease, ends)
             self._hold(name, None)
 

@@ -69,6 +69,13 @@ def start(*hosts: Host, extra: tuple[str, ...] = ()) -> list[Flanneld]:
     return daemons
 
 
+def wait_settled(daemons: Iterable[Flanneld]) -> None:
+    """Wait until their start is over: who counts lines must not meet those of a slower thread."""
+    for daemon in daemons:
+        daemon.wait_log("Finished starting backend", PATIENCE)
+        daemon.wait_log("Masquerade and forward rules through", PATIENCE)
+
+
 def running(make_lab: MakeLab, hosts: int) -> tuple[Lab, list[Flanneld]]:
     """Return a lab with a running host-gw network, every route in place."""
     lab = make_lab(hosts)

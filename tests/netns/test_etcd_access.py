@@ -22,6 +22,7 @@ from network import (
     wait_lease,
     wait_meshed,
     wait_routes,
+    wait_settled,
 )
 
 from lab import Flanneld, eventually
@@ -126,9 +127,7 @@ def test_etcd_away_for_a_while_costs_no_packet_and_few_lines(make_lab: MakeLab) 
     """Stopped and started. Afterwards everything is as if nothing had been."""
     lab, daemons = running(make_lab, 3)
     etcd = etcd_of(lab)
-    for daemon in daemons:
-        # Said by a thread of its own, maybe after the mesh is there.
-        daemon.wait_log("Masquerade and forward rules")
+    wait_settled(daemons)
     before = [daemon.log().count("\n") for daemon in daemons]
     with Pings(lab.hosts) as pings:
         monitors = [RouteMonitor(host) for host in lab.hosts]

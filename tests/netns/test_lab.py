@@ -17,6 +17,7 @@ import pytest
 from lab import Flanneld, Host, Lab, LabError, NotInTime, eventually, names
 from lab.etcd import Etcd, Login
 from lab.etcdv2 import EtcdV2, EtcdV2Error
+from lab.notify import NotifySocket
 from lab.process import is_running
 
 MakeLab = Callable[..., Lab]
@@ -294,6 +295,17 @@ def test_a_daemon_gets_its_flags_says_ready_and_ends(make_lab: MakeLab) -> None:
     assert daemon.subnet() == IPv4Network("10.5.17.0/24")
     assert daemon.terminate() == 7
     assert daemon.wait_log("^leaving$")
+
+
+def test_what_was_said_is_there_at_once(tmp_path: Path) -> None:
+    """Also when the thread that listens has had no turn since."""
+    notify = NotifySocket(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as daemon:
+        for number in range(500):
+            daemon.sendto(b"WATCHDOG=1", str(notify.path))
+            assert len(notify.messages) == number + 1
+    notify.close()
+    assert len(notify.messages) == 500
 
 
 def test_a_daemon_killed_can_be_started_again(make_lab: MakeLab) -> None:

@@ -82,7 +82,12 @@ def test_whatever_is_changed_by_hand_is_put_back(make_lab: MakeLab, kind: Kind) 
     _, host, daemon = running(make_lab, kind)
     subnet = daemon.subnet()
     wait_in_place(host, kind, subnet)
-    for what, lines in (NFT_SPOILT if kind.nftables else ACCEPT_ALL).items():
+    ways = NFT_SPOILT if kind.nftables else ACCEPT_ALL
+    # The daemon has just looked when it has mended something: so we look before it does again.
+    spoil(host, kind, *next(iter(ways.values())))
+    daemon.wait_log(BACK, PATIENCE)
+    wait_in_place(host, kind, subnet)
+    for what, lines in ways.items():
         spoil(host, kind, *lines)
         with pytest.raises(AssertionError):
             in_place(host, kind, subnet)

@@ -365,8 +365,8 @@ def test_a_device_spoilt_by_hand_is_back(make_lab: MakeLab, command: str, words:
         return connected(lab)
 
     eventually(as_before, PATIENCE, "everything to be as before")
-    assert [line for line in daemon.log().splitlines() if words in line][1:] == []
-    assert words in daemon.log()
+    daemon.wait_log(re.escape(words))
+    assert count(daemon, words) == 1
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_a_device_that_is_not_ours_any_more_is_given_up(
         # Who took the name keeps it, and is left alone.
         assert addresses(host, "flannel0") == []
         assert "UP" not in the_link(host, "flannel0")["flags"]
-        assert f"flannel0 was gone: it is made anew, as {name}" in daemon.log()
+        daemon.wait_log(f"flannel0 was gone: it is made anew, as {name}")
 
 
 def test_a_stuck_tunnel_does_not_keep_a_deleted_device_away(make_lab: MakeLab) -> None:

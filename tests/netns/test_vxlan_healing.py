@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
-from network import PATIENCE, MakeLab, client_of, start
+from network import PATIENCE, MakeLab, client_of, start, wait_settled
 from overlay import (
     SOON,
     addresses,
@@ -77,6 +77,7 @@ def connected(make_lab: MakeLab, **keys: object) -> tuple[Lab, Host, Flanneld, S
     """Return two running hosts with a container each, the first host, its daemon and state."""
     lab, daemons = running(make_lab, 2, **keys)
     start_containers(lab.hosts)
+    wait_settled(daemons)
     state = State.of(lab.hosts[0])
     assert state is not None
     return lab, lab.hosts[0], daemons[0], state

@@ -118,7 +118,8 @@ def test_failing_stores_leave_no_threads() -> None:
     before = threading.active_count()
     for _ in range(20):
         use(EtcdV2Store(free_url(), "/p", Credentials()))
-    assert threading.active_count() == before
+    # Fewer: those of an earlier test's servers end when they like.
+    assert threading.active_count() <= before
 
 
 PROGRAM = """

@@ -22,6 +22,7 @@ from .servers import Server
 @pytest.fixture(autouse=True)
 def _short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "LINGER", 0.1)
+    monkeypatch.setattr(watch, "UNSEEN", 0.1)
 
 
 def settle(cluster: Cluster, peers: Peers, number: int = 999) -> None:

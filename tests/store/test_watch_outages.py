@@ -14,6 +14,7 @@ from .servers import Action, Forward, Request, Server, Stall, poll_head
 @pytest.fixture(autouse=True)
 def _short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "LINGER", 0.1)
+    monkeypatch.setattr(watch, "UNSEEN", 0.1)
 
 
 def test_deleted_directory_is_lost_data_not_departure(cluster: Cluster) -> None:
@@ -146,17 +147,22 @@ def test_member_cut_off_from_its_cluster(cluster: Cluster, monkeypatch: pytest.M
     monkeypatch.setattr(local_manager, "POLL", 0.3)
     monkeypatch.setattr("random.shuffle", lambda _: None)
     cut_off = threading.Event()
+    # What it knew last.
+    index = 0
 
     def behave(request: Request) -> Action:
+        nonlocal index
+        if not request.is_poll:
+            return b"" if cut_off.is_set() else Forward.ANSWER
         if not cut_off.is_set():
-            return Forward.ANSWER
-        return Stall(poll_head(10**6)) if request.is_poll else b""
+            with cluster.etcd.client() as client:
+                index = client.index()
+        return Stall(poll_head(index))
 
     with Server(behave, upstream=cluster.etcd.url) as proxy:
         _, peers = follow_peers(cluster, f"{proxy.url},{cluster.etcd.url}")
-        cut_off.set()
-        proxy.cut()
         eventually(proxy.polls, SOON, "a poll")
+        cut_off.set()
         cluster.join(1)
         peers.expect_numbers([1])
 

@@ -14,10 +14,10 @@ import pytest
 from memory_store import PATIENCE, Clock, Data, MemoryStore
 
 from flanneld import retry
-from flanneld.errors import LeaseLost
+from flanneld.errors import LeaseLost, StoreUnavailable
 from flanneld.subnet import local_manager, monitor
 from flanneld.subnet.config import parse_config
-from flanneld.subnet.lease import LeaseAttrs
+from flanneld.subnet.lease import Lease, LeaseAttrs
 from flanneld.subnet.local_manager import LEASE_TTL, LocalManager
 from flanneld.subnet.monitor import FIGHT_TIME, FIGHTS, RETRY, RETRY_LOST, LeaseMonitor
 
@@ -237,6 +237,25 @@ def test_tried_more_often_towards_the_end(host: Host) -> None:
     assert 5 <= at_the_end <= 11
     assert 59 <= after_it <= 60 / RETRY_LOST
     host.check(1)()
+
+
+def test_a_renewal_that_fails_for_long_is_said_once_a_minute(
+    host: Host, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the lease's end, when it is tried every second, and whichever member is first."""
+    members = ["; error #0: http://a: i/o timeout", "; error #1: http://b: connection refused"]
+
+    def fail(_lease: Lease) -> Lease:
+        members.reverse()
+        raise StoreUnavailable(f"client: etcd cluster is unavailable{''.join(members)}")
+
+    def away() -> None:
+        host.away()
+        monkeypatch.setattr(host.monitor._manager, "keep_lease", fail)
+
+    host.run(DUE - 1, away, 1 + MARGIN + 10 * 60)
+    said = caplog.text.count("Error renewing lease")
+    assert (MARGIN + 10 * 60) // 60 - 5 <= said <= (MARGIN + 10 * 60) // 60 + 1
 
 
 # Lost, altered, taken.

@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from flanneld.retry import LONGEST_PAUSE
 from flanneld.subnet import watch
 from flanneld.subnet.lease import Lease, LeaseAttrs, check_peer
 from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
-from flanneld.subnet.watch import HOLD_RESERVATION, LINGER, EventType, LeaseEvent, LeaseTracker
+from flanneld.subnet.watch import (
+    HOLD_RESERVATION,
+    LINGER,
+    UNSEEN,
+    EventType,
+    LeaseEvent,
+    LeaseTracker,
+)
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
@@ -195,7 +203,7 @@ def test_a_snapshot_tells_what_came_and_went() -> None:
     tracker = tracking(ONE, TWO)
     three = lease(3, 105)
     assert tracker.snapshot(snap(105, three, TWO), 1) == [added(three)]
-    assert tracker.snapshot(snap(105, three, TWO), 1 + LINGER) == [removed(ONE)]
+    assert tracker.snapshot(snap(105, three, TWO), 1 + UNSEEN) == [removed(ONE)]
     # Of a host that moved the old one goes first: both may have the same MAC.
     moved = lease(7, 106, host=3)
     assert tracker.snapshot(snap(106, moved, TWO), 9) == [removed(three), added(moved)]
@@ -308,7 +316,18 @@ def test_what_the_store_lost_is_held(lost: Snapshot) -> None:
 def test_a_store_that_went_on_is_believed_in_what_it_lacks() -> None:
     tracker = tracking(ONE, TWO)
     assert tracker.snapshot(snap(150, TWO), 1) == []
-    assert tracker.expire(1 + LINGER) == [removed(ONE)]
+    assert tracker.expire(1 + UNSEEN) == [removed(ONE)]
+
+
+def test_a_backup_that_lacks_the_last_writes_only_costs_no_way_to_a_host() -> None:
+    """etcd's own writes at its start hide it. The host looks again when its pause is over."""
+    tracker = tracking(ONE, TWO, index=60)
+    assert tracker.snapshot(snap(62, ONE), 1) == []
+    assert tracker.expire(1 + LONGEST_PAUSE + 0.5) == []
+    again = replace(TWO, modified_index=63)
+    assert tracker.event(put(again), 1 + LONGEST_PAUSE + 0.5) == []
+    assert tracker.expire(1 + 2 * UNSEEN) == []
+    assert tracker.leases() == [ONE, again]
 
 
 def test_a_store_that_went_back_is_believed_in_what_it_adds() -> None:
@@ -323,7 +342,7 @@ def test_after_a_loss_new_leases_can_go_as_ever() -> None:
     three = lease(3, 4)
     tracker.event(put(three), 2)
     assert tracker.snapshot(snap(8), 3) == []
-    assert tracker.expire(3 + LINGER) == [removed(three)]
+    assert tracker.expire(3 + UNSEEN) == [removed(three)]
     assert tracker.leases() == [ONE]
 
 
@@ -344,7 +363,7 @@ def test_a_held_lease_is_published_again() -> None:
     assert tracker.leases() == [again]
     # It is believed again: its absence counts.
     tracker.snapshot(snap(5), 3)
-    assert tracker.expire(3 + LINGER) == [removed(again)]
+    assert tracker.expire(3 + UNSEEN) == [removed(again)]
 
 
 def test_a_held_lease_is_published_with_other_attributes() -> None:

@@ -13,7 +13,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flanneld.subnet.lease import BadLease, Lease, LeaseAttrs, check_peer, parse_lease
 from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
-from flanneld.subnet.watch import HOLD_RESERVATION, LINGER, EventType, LeaseEvent, LeaseTracker
+from flanneld.subnet.watch import (
+    HOLD_RESERVATION,
+    LINGER,
+    UNSEEN,
+    EventType,
+    LeaseEvent,
+    LeaseTracker,
+)
 
 OWN = "10.5.99.0-24"
 OWN_IP = IPv4Address("10.97.0.99")
@@ -229,7 +236,7 @@ class Watching(RuleBasedStateMachine):
     def _read_everything(self) -> None:
         while self._poll():
             pass
-        self._wait(LINGER)
+        self._wait(UNSEEN)
 
     def _wait(self, seconds: float) -> None:
         """Time passes for the watcher; what the store loses by it is seen later."""
@@ -252,7 +259,7 @@ class Watching(RuleBasedStateMachine):
         elif lease:
             self._note_taken(lease)
         else:
-            self._note_gone(event.name)
+            self._note_gone(event.name, LINGER)
         self._apply(changes)
         assert self.tracker.index == event.index
         for other in self.tracker.leases():
@@ -270,7 +277,7 @@ class Watching(RuleBasedStateMachine):
         leases = {lease.key: lease for node in snapshot.nodes if (lease := usable(node))}
         for name in self.backend.keys() - leases.keys():
             if name not in self.lost or name in present:
-                self._note_gone(name)
+                self._note_gone(name, LINGER if name in present else UNSEEN)
         after = {lease.key: lease.attrs for lease in self.tracker.leases()}
         for name, lease in leases.items():
             if after.get(name) == lease.attrs:
@@ -289,9 +296,9 @@ class Watching(RuleBasedStateMachine):
         self.leaves.pop(lease.key, None)
         self.lost.discard(lease.key)
 
-    def _note_gone(self, name: str) -> None:
+    def _note_gone(self, name: str, linger: float) -> None:
         if name in self.backend:
-            end = min(self.ends[name], self.now + LINGER)
+            end = min(self.ends[name], self.now + linger)
             self.leaves[name] = min(end, self.leaves.get(name, end))
         self.lost.discard(name)
 
