@@ -45,6 +45,8 @@ _OUTS = 4
 _OUT_BYTES = LONGEST_PACKET + segment.ROWS * 122
 # Shapes of super-packets remembered.
 _CUTS = 160
+# How long the rest of a long super-packet waits for the next one.
+PATIENCE_MS = 1
 # After a packet was too big for the path, the path may have changed.
 _TOO_BIG_SECONDS = 10.0
 
@@ -73,6 +75,7 @@ class Transmitter:
         self.segments = segments
         self.may_wait = False
         """Rows are waiting that need not be sent before the next packets are read."""
+        self._waits_since = 0.0
         self._tun = tun
         self._udp = udp
         self._routes = routes
@@ -366,6 +369,7 @@ class Transmitter:
         # Without PSH the sender has more, and fills a super-packet: it is not waiting for this.
         if self._flags_at and count > limit and self._rows:
             self.may_wait = not out[(count - 1) * size + self._flags_at] & PSH
+            self._waits_since = time.monotonic()
 
     def flush(self) -> None:
         """Send the rows that wait."""
@@ -374,6 +378,10 @@ class Transmitter:
             pieces, count = self._waiting, self._rows
             self._waiting, self._rows = [], 0
             self._send(pieces, self._size, self._peer, count)
+
+    def is_overdue(self, now: float) -> bool:
+        """Return whether the rows that may wait have waited long enough."""
+        return self.may_wait and (now - self._waits_since) * 1000 > PATIENCE_MS
 
     # The socket
 
