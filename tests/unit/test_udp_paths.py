@@ -191,6 +191,15 @@ def test_only_the_rest_of_a_long_unfinished_super_packet_may_wait(bench: Bench) 
     assert not may_wait(super_packet(UDP, bytes(1420 * 45)))
 
 
+def test_what_the_sender_pushes_does_not_wait_with_the_rest_of_the_last(bench: Bench) -> None:
+    bench.kernel.send(tso(super_packet(TCP, bytes(1420 * 45)), 1420))
+    bench.transmitter.turn()
+    assert bench.transmitter.may_wait
+    bench.kernel.send(tso(super_packet(TCP, bytes(1420 * 10), flags=0x18), 1420))
+    bench.transmitter.turn()
+    assert not bench.transmitter.may_wait
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP])
 def test_without_udp_segment_one_by_one(bench: Bench, number: int) -> None:
     bench.udp.refuse = lambda _, count: number if count > 1 else 0

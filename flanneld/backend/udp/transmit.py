@@ -367,8 +367,13 @@ class Transmitter:
                 self.flush()
             begin = end
         # Without PSH the sender has more, and fills a super-packet: it is not waiting for this.
-        if self._flags_at and count > limit and self._rows:
-            self.may_wait = not out[(count - 1) * size + self._flags_at] & PSH
+        self.may_wait = bool(
+            self._flags_at
+            and count > limit
+            and self._rows
+            and not out[(count - 1) * size + self._flags_at] & PSH
+        )
+        if self.may_wait:
             self._waits_since = time.monotonic()
 
     def flush(self) -> None:
