@@ -200,6 +200,12 @@ def test_what_the_sender_pushes_does_not_wait_with_the_rest_of_the_last(bench: B
     assert not bench.transmitter.may_wait
 
 
+def test_a_packet_longer_than_a_slot_does_not_overtake_what_waits(bench: Bench) -> None:
+    first, second = super_packet(TCP, bytes(1420 * 45)), super_packet(TCP, bytes(3000))
+    bench.transmit(tso(first, 1420), VNET_PLAIN + second)
+    assert bench.udp.sent == [*expected([first], 1420), routed(second)]
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP])
 def test_without_udp_segment_one_by_one(bench: Bench, number: int) -> None:
     bench.udp.refuse = lambda _, count: number if count > 1 else 0

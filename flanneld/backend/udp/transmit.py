@@ -170,6 +170,7 @@ class Transmitter:
                 count = 0
                 supers += 1
                 if view[at + 1] == GSO_NONE:
+                    self.flush()
                     self._count_read(1, length - VNET_LEN)
                     self._send_packet(at, length)
                 else:
