@@ -272,6 +272,16 @@ def test_what_is_answered_and_dropped(bench: Bench) -> None:
     assert drops == {"no_route": 1, "ttl": 1, "not_ipv4": 1, "malformed": 1}
 
 
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+@pytest.mark.parametrize("options", [b"", bytes(8)])
+def test_super_packets_with_finished_checksums(bench: Bench, protocol: int, options: bytes) -> None:
+    """A driver that joined packets and found them right: the header says so, and nothing else."""
+    packet = super_packet(protocol, bytes(range(250)) * 20, ip_options=options)
+    data_valid, kind = 2, 1 if protocol == TCP else 5
+    bench.transmit(VNET.pack(data_valid, kind, 0, 1000, 0, 0) + packet)
+    assert bench.udp.sent == expected([packet], 1000)
+
+
 def test_rubbish_headers_of_super_packets_are_dropped(bench: Bench) -> None:
     packet = SUPERS[0][:3000]
     for vnet in ((1, 1, 0, 0, 20, 16), (1, 1, 0, 9, 24, 16), (1, 3, 0, 9, 20, 16)):
