@@ -191,6 +191,21 @@ def test_only_the_rest_of_a_long_unfinished_super_packet_may_wait(bench: Bench) 
     assert not may_wait(super_packet(UDP, bytes(1420 * 45)))
 
 
+def test_what_the_sender_pushes_does_not_wait_with_the_rest_of_the_last(bench: Bench) -> None:
+    bench.kernel.send(tso(super_packet(TCP, bytes(1420 * 45)), 1420))
+    bench.transmitter.turn()
+    assert bench.transmitter.may_wait
+    bench.kernel.send(tso(super_packet(TCP, bytes(1420 * 10), flags=0x18), 1420))
+    bench.transmitter.turn()
+    assert not bench.transmitter.may_wait
+
+
+def test_a_packet_longer_than_a_slot_does_not_overtake_what_waits(bench: Bench) -> None:
+    first, second = super_packet(TCP, bytes(1420 * 45)), super_packet(TCP, bytes(3000))
+    bench.transmit(tso(first, 1420), VNET_PLAIN + second)
+    assert bench.udp.sent == [*expected([first], 1420), routed(second)]
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP])
 def test_without_udp_segment_one_by_one(bench: Bench, number: int) -> None:
     bench.udp.refuse = lambda _, count: number if count > 1 else 0
@@ -255,6 +270,16 @@ def test_what_is_answered_and_dropped(bench: Bench) -> None:
     assert bench.udp.sent == [reference.less_ttl(packet)]
     drops = {name: count for name, count in bench.counters.drops.items() if count}
     assert drops == {"no_route": 1, "ttl": 1, "not_ipv4": 1, "malformed": 1}
+
+
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+@pytest.mark.parametrize("options", [b"", bytes(8)])
+def test_super_packets_with_finished_checksums(bench: Bench, protocol: int, options: bytes) -> None:
+    """A driver that joined packets and found them right: the header says so, and nothing else."""
+    packet = super_packet(protocol, bytes(range(250)) * 20, ip_options=options)
+    data_valid, kind = 2, 1 if protocol == TCP else 5
+    bench.transmit(VNET.pack(data_valid, kind, 0, 1000, 0, 0) + packet)
+    assert bench.udp.sent == expected([packet], 1000)
 
 
 def test_rubbish_headers_of_super_packets_are_dropped(bench: Bench) -> None:

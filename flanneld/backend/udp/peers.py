@@ -22,8 +22,8 @@ class Peer:
     """The same with the port, as a socket takes it."""
 
 
-# Destinations remembered. A scan through a subnet must not eat memory.
-_CACHED = 65536
+# Destinations remembered, at 100 bytes each. A scan through the network must not eat memory.
+_CACHED = 4096
 
 
 class RouteTable:

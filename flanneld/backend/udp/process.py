@@ -91,7 +91,11 @@ class TunnelProcess:
             )
             # What it says before it can use the control socket; a file does not fill up as a pipe.
             self._words = os.memfd_create("flannel-udp", os.MFD_CLOEXEC)
-            self._process = _start(settings, self._words)
+            try:
+                self._process = _start(settings, self._words)
+            except OSError:
+                os.close(self._words)
+                raise
         except OSError as error:
             self._control.close()
             raise TunnelError(f"cannot be started: {error.strerror}") from error

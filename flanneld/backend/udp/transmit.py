@@ -45,6 +45,8 @@ _OUTS = 4
 _OUT_BYTES = LONGEST_PACKET + segment.ROWS * 122
 # Shapes of super-packets remembered.
 _CUTS = 160
+# How long the rest of a long super-packet waits for the next one.
+PATIENCE_MS = 1
 # After a packet was too big for the path, the path may have changed.
 _TOO_BIG_SECONDS = 10.0
 
@@ -73,6 +75,7 @@ class Transmitter:
         self.segments = segments
         self.may_wait = False
         """Rows are waiting that need not be sent before the next packets are read."""
+        self._waits_since = 0.0
         self._tun = tun
         self._udp = udp
         self._routes = routes
@@ -167,6 +170,7 @@ class Transmitter:
                 count = 0
                 supers += 1
                 if view[at + 1] == GSO_NONE:
+                    self.flush()
                     self._count_read(1, length - VNET_LEN)
                     self._send_packet(at, length)
                 else:
@@ -290,7 +294,7 @@ class Transmitter:
         """Cut one super-packet and send most of it; the rest may wait for the next."""
         begin = at + VNET_LEN
         packet = self._view[begin : at + length]
-        _, kind, _, gso, start, _ = VNET.unpack_from(self._view, at)
+        flags, kind, _, gso, start, _ = VNET.unpack_from(self._view, at)
         counters = self._counters
         counters.tun_read_calls += 1
         counters.tun_read_bytes += length - VNET_LEN
@@ -298,6 +302,9 @@ class Transmitter:
         if peer is None:
             counters.tun_read_packets += 1
             return
+        if not flags & NEEDS_CSUM:
+            # Joined by a driver that has looked at the checksums: nobody says where one begins.
+            start = (packet[0] & 15) * 4
         protocol = _PROTOCOLS.get(kind, 0)
         try:
             header = segment.header_length(packet, start, protocol)
@@ -364,8 +371,14 @@ class Transmitter:
                 self.flush()
             begin = end
         # Without PSH the sender has more, and fills a super-packet: it is not waiting for this.
-        if self._flags_at and count > limit and self._rows:
-            self.may_wait = not out[(count - 1) * size + self._flags_at] & PSH
+        self.may_wait = bool(
+            self._flags_at
+            and count > limit
+            and self._rows
+            and not out[(count - 1) * size + self._flags_at] & PSH
+        )
+        if self.may_wait:
+            self._waits_since = time.monotonic()
 
     def flush(self) -> None:
         """Send the rows that wait."""
@@ -374,6 +387,10 @@ class Transmitter:
             pieces, count = self._waiting, self._rows
             self._waiting, self._rows = [], 0
             self._send(pieces, self._size, self._peer, count)
+
+    def is_overdue(self, now: float) -> bool:
+        """Return whether the rows that may wait have waited long enough."""
+        return self.may_wait and (now - self._waits_since) * 1000 > PATIENCE_MS
 
     # The socket
 

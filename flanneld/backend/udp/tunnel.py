@@ -18,7 +18,7 @@ from flanneld.backend.udp.control import ENDED, FAILED, TUN_LOST, Message, Op, S
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.peers import PeerRoute, RouteTable
 from flanneld.backend.udp.receive import Receiver
-from flanneld.backend.udp.transmit import Transmitter
+from flanneld.backend.udp.transmit import PATIENCE_MS, Transmitter
 from flanneld.backend.udp.tun import Offload
 
 # Under load the control socket is looked at after so many turns, some milliseconds.
@@ -26,8 +26,6 @@ _TURNS = 32
 _RECEIVE_BYTES = 1 << 16
 # A packet after such a pause is taken to be no burst's first. A wrong guess costs one more call.
 _ALONE_SECONDS = 0.0001
-# How long the rest of a long super-packet waits for the next one (see Transmitter.may_wait).
-_PATIENCE_MS = 1
 
 
 class TunLost(Exception):
@@ -89,9 +87,7 @@ class Tunnel:
         last = 0.0
         while True:
             tun = udp = command = 0
-            ready = poll.poll(_PATIENCE_MS if self._transmitter.may_wait else None)
-            if not ready:
-                self._transmitter.flush()
+            ready = poll.poll(PATIENCE_MS if self._transmitter.may_wait else None)
             for fd, event in ready:
                 if fd == tun_fd:
                     tun = event
@@ -102,6 +98,9 @@ class Tunnel:
             if tun & (select.POLLERR | select.POLLNVAL):
                 raise TunLost
             now = time.monotonic()
+            # Datagrams that keep coming in are no reason to wait for longer.
+            if not ready or self._transmitter.is_overdue(now):
+                self._transmitter.flush()
             try:
                 self._forward(tun, udp, alone=now - last > _ALONE_SECONDS)
             except OSError as error:
