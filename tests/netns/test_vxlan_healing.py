@@ -193,15 +193,18 @@ def test_an_entry_spoilt_by_hand_is_put_right(pair: Lab, commands: list[str]) ->
 
 
 def test_what_the_kernel_and_others_have_on_the_device_is_left_alone(make_lab: MakeLab) -> None:
-    """Neighbours that age, routes of another kind, addresses outside Network."""
+    """Neighbours that age, routes of another kind, routes and addresses outside Network."""
     lab, host, daemon, _ = connected(make_lab)
+    gateway = lab.daemons[1].subnet().network_address
     host.ip(
         "neigh add 10.5.250.7 dev flannel.1 lladdr 02:00:00:00:00:99 nud reachable",
         "route add 172.30.0.0/16 dev flannel.1 proto static",
+        # To a network behind the peer, as anybody would write it.
+        f"route add 172.31.0.0/16 via {gateway} dev flannel.1 onlink",
         "addr add 192.168.7.1/32 dev flannel.1",
     )
-    others = [line for line in entries(host) if "172.30" in line]
-    assert len(others) == 1
+    others = [line for line in entries(host) if line.startswith("172.3")]
+    assert len(others) == 2
     # Something to mend, so that everything is compared.
     host.ip("link set flannel.1 address 02:00:00:00:00:99")
     daemon.wait_log("is put back")
@@ -209,6 +212,7 @@ def test_what_the_kernel_and_others_have_on_the_device_is_left_alone(make_lab: M
         host, sorted([*others, *mesh(lab.daemons, host)[:1]]) + mesh(lab.daemons, host)[1:]
     )
     assert "192.168.7.1/32" in addresses(host)
+    assert "Removed stale" not in daemon.log()
 
 
 # The external interface
