@@ -14,6 +14,7 @@ from overlay import (
     link,
     mac_of,
     mesh,
+    of_peers,
     problems,
     put_keys,
     put_peer,
@@ -306,3 +307,22 @@ def test_somebody_who_keeps_deleting_the_device_is_outlasted(make_lab: MakeLab) 
     more = ("10.5.201.0/24", "10.97.0.77", "02:00:00:00:00:aa")
     wait_entries(host, mesh(lab.daemons, host, more))
     assert the_link(host)["address"] == state.mac
+
+
+def test_leases_that_change_while_the_device_is_deleted_make_no_noise(make_lab: MakeLab) -> None:
+    """Their entries are refused before the kernel reports that the device is gone."""
+    lab, (daemon,) = running(make_lab, 1)
+    (host,) = lab.hosts
+    subnets = [f"10.5.{n}.0/24" for n in range(100, 200)]
+    for turn in range(4):
+        with client_of(lab) as client:
+            peers = [
+                (subnet, f"10.97.1.{n}", f"02:00:00:00:{turn:02x}:{n:02x}")
+                for n, subnet in enumerate(subnets, 1)
+            ]
+            for number, peer in enumerate(peers):
+                put_peer(client, *peer)
+                if number == 20:
+                    host.run(["ip", "link", "del", "flannel.1"], check=False)
+        wait_entries(host, of_peers(peers))
+    assert set(problems(daemon)) == {"flannel.1 was gone: it is made anew"}
