@@ -4,7 +4,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from flanneld.heartbeat import Pulse
 from flanneld.logs import MANY, verbose
@@ -25,7 +25,7 @@ class LeaseFeed:
         self._config = config
         self._own = own
         self._inbox: queue.SimpleQueue[Sequence[LeaseEvent] | BaseException] = queue.SimpleQueue()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
 
     def start(self, stop: threading.Event, pulse: Pulse) -> None:
         """Follow the leases until ``stop``, with this sign of life."""
@@ -41,20 +41,20 @@ class LeaseFeed:
         """Ring the bell. May be called by any thread and by a signal handler."""
         os.eventfd_write(self._bell, 1)
 
-    def take(self) -> Iterator[Sequence[LeaseEvent]]:
-        """Yield the batches that have come; does not wait. Raises what ended the following."""
+    def take(self) -> Sequence[LeaseEvent] | None:
+        """Return the next batch, or None if there is none; does not wait.
+
+        One for each ring, so that the caller's loop comes round between them, also while leases
+        change faster than it takes them. Raises what ended the following.
+        """
         try:
             os.eventfd_read(self._bell)
-        except BlockingIOError:
-            return
-        while True:
-            try:
-                batch = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            if isinstance(batch, BaseException):
-                raise batch
-            yield batch
+            batch = self._inbox.get_nowait()
+        except (BlockingIOError, queue.Empty):
+            return None
+        if isinstance(batch, BaseException):
+            raise batch
+        return batch
 
     def _follow(self, stop: threading.Event, pulse: Pulse) -> None:
         try:

@@ -132,8 +132,10 @@ class PeerNetwork:
             pulse.beat(IDLE)
             wait = min(self._wait(reconciler, complete), IDLE)
             ready = {fd for fd, _ in poll.poll(wait * 1000)}
-            if self._feed.fileno() in ready:
-                complete = self._take_batches(reconciler, complete)
+            batch = self._feed.take() if self._feed.fileno() in ready else None
+            if batch is not None:
+                self._take_batch(reconciler, batch, complete)
+                complete = True
             storm = storm + 1 if reconciler.fileno() in ready else 0
             if storm:
                 self._watch.note(reconciler.handle())
@@ -166,18 +168,17 @@ class PeerNetwork:
         reconciler.hold(waiting)
         return bool(waiting) or not self._watch.is_planned
 
-    def _take_batches(self, reconciler: Reconciler, complete: bool) -> bool:
-        """Apply the batches that have come. Return whether the peers are completely known."""
-        for batch in self._feed.take():
-            if not complete:
-                self._ensure_device()
-            put, drop = self._changes(batch)
-            if self._placed:
-                reconciler.update(put, drop)
-            elif not self._watch.is_planned:
-                self._set_all(reconciler)
-            complete = True
-        return complete
+    def _take_batch(
+        self, reconciler: Reconciler, batch: Sequence[LeaseEvent], complete: bool
+    ) -> None:
+        """Apply a batch of events; with the first the peers are completely known."""
+        if not complete:
+            self._ensure_device()
+        put, drop = self._changes(batch)
+        if self._placed:
+            reconciler.update(put, drop)
+        elif not self._watch.is_planned:
+            self._set_all(reconciler)
 
     def _ensure_device(self) -> bool:
         """Mend the device. Return whether the entries have to be made anew."""

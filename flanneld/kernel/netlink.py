@@ -27,8 +27,8 @@ _SEND = 32768
 _RECEIVE = 1 << 17
 # Seconds; the kernel answers a send of this size within milliseconds.
 _TIMEOUT = 5.0
-# ESRCH for a route, ENOENT for a neighbour or FDB entry.
-_GONE = frozenset({errno.ESRCH, errno.ENOENT})
+# ESRCH for a route, ENOENT for a neighbour or FDB entry, ENODEV if it went with its device.
+_GONE = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV})
 # The monitor's buffer ran over, or there was no memory for an event.
 _LOST = frozenset({errno.ENOBUFS, errno.ENOMEM})
 # A dump that was disturbed by a change is taken again; the last one is used as it is.

@@ -54,6 +54,9 @@ FIRST_GAP, LONGEST_GAP, CALM = 0.02, 0.5, 5.0
 # (1,000 routes 15 ms), and the routes look like anybody's.
 SPREAD_FROM = 1000
 
+# The device is gone or down. The kernel may say so before it reports the event.
+_DEVICE_AWAY = frozenset({errno.ENODEV, errno.ENETDOWN})
+
 # "neighbour table overflow", in the words of errno.
 _TABLE_FULL = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
 
@@ -360,11 +363,16 @@ class Reconciler:
         self._socket().apply([], outdated)
 
     def _note_refusals(self, tried: Sequence[Entry], refused: dict[Entry, Refusal]) -> None:
-        fresh = [e for e, why in refused.items() if self._refused.get(e) != str(why)]
+        # Who watches the device mends it, and says so: said here only if the next try fails, too.
+        silent = [
+            e for e, why in refused.items() if why.number in _DEVICE_AWAY and e not in self._refused
+        ]
+        found = {entry: str(why) for entry, why in refused.items()} | dict.fromkeys(silent, "")
+        fresh = [e for e, why in found.items() if why and self._refused.get(e) != why]
         recovered = [e for e in tried if e in self._refused and e not in refused]
         for entry in recovered:
             del self._refused[entry]
-        self._refused.update((entry, str(why)) for entry, why in refused.items())
+        self._refused.update(found)
         if self._refused:
             self._refused = {
                 entry: why
@@ -380,7 +388,7 @@ class Reconciler:
             )
         self._log_recovered(recovered)
         if self._refused:
-            self._patience = FIRST_CHECK_REFUSED if fresh else self._patience * 2
+            self._patience = FIRST_CHECK_REFUSED if fresh or silent else self._patience * 2
             retry = now() + min(self._patience, CHECK_REFUSED)
             self._check_at = retry if self._check_at is None else min(self._check_at, retry)
 

@@ -129,16 +129,18 @@ class Territory:
     networks, mark their routes alike."""
     device: int = 0
     """Index of a device of ours (0: none): its permanent neighbours and FDB entries, and the
-    routes through it that the original left, which have the protocol number of ``ip route``."""
+    routes through it that the original left: inside the networks, too, as what carries the
+    protocol number of ``ip route`` may be anybody's, say to a network behind a peer."""
 
     def holds(self, found: Found) -> bool:
         """Tell whether an entry is ours."""
         entry = found.entry
         if not isinstance(entry, Route):
             return entry.oif == self.device and found.permanent
-        if found.protocol == PROTOCOL:
-            return any(contains(network, entry.dst) for network in self.networks)
-        return found.protocol == PROTOCOL_BOOT and entry.oif == self.device != 0
+        the_originals = found.protocol == PROTOCOL_BOOT and entry.oif == self.device != 0
+        if found.protocol != PROTOCOL and not the_originals:
+            return False
+        return any(contains(network, entry.dst) for network in self.networks)
 
 
 @dataclass(frozen=True, slots=True)

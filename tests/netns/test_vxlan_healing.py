@@ -14,6 +14,7 @@ from overlay import (
     link,
     mac_of,
     mesh,
+    of_peers,
     problems,
     put_keys,
     put_peer,
@@ -194,15 +195,18 @@ def test_an_entry_spoilt_by_hand_is_put_right(pair: Lab, commands: list[str]) ->
 
 
 def test_what_the_kernel_and_others_have_on_the_device_is_left_alone(make_lab: MakeLab) -> None:
-    """Neighbours that age, routes of another kind, addresses outside Network."""
+    """Neighbours that age, routes of another kind, routes and addresses outside Network."""
     lab, host, daemon, _ = connected(make_lab)
+    gateway = lab.daemons[1].subnet().network_address
     host.ip(
         "neigh add 10.5.250.7 dev flannel.1 lladdr 02:00:00:00:00:99 nud reachable",
         "route add 172.30.0.0/16 dev flannel.1 proto static",
+        # To a network behind the peer, as anybody would write it.
+        f"route add 172.31.0.0/16 via {gateway} dev flannel.1 onlink",
         "addr add 192.168.7.1/32 dev flannel.1",
     )
-    others = [line for line in entries(host) if "172.30" in line]
-    assert len(others) == 1
+    others = [line for line in entries(host) if line.startswith("172.3")]
+    assert len(others) == 2
     # Something to mend, so that everything is compared.
     host.ip("link set flannel.1 address 02:00:00:00:00:99")
     daemon.wait_log("is put back")
@@ -210,6 +214,7 @@ def test_what_the_kernel_and_others_have_on_the_device_is_left_alone(make_lab: M
         host, sorted([*others, *mesh(lab.daemons, host)[:1]]) + mesh(lab.daemons, host)[1:]
     )
     assert "192.168.7.1/32" in addresses(host)
+    assert "Removed stale" not in daemon.log()
 
 
 # The external interface
@@ -303,3 +308,22 @@ def test_somebody_who_keeps_deleting_the_device_is_outlasted(make_lab: MakeLab) 
     more = ("10.5.201.0/24", "10.97.0.77", "02:00:00:00:00:aa")
     wait_entries(host, mesh(lab.daemons, host, more))
     assert the_link(host)["address"] == state.mac
+
+
+def test_leases_that_change_while_the_device_is_deleted_make_no_noise(make_lab: MakeLab) -> None:
+    """Their entries are refused before the kernel reports that the device is gone."""
+    lab, (daemon,) = running(make_lab, 1)
+    (host,) = lab.hosts
+    subnets = [f"10.5.{n}.0/24" for n in range(100, 200)]
+    for turn in range(4):
+        with client_of(lab) as client:
+            peers = [
+                (subnet, f"10.97.1.{n}", f"02:00:00:00:{turn:02x}:{n:02x}")
+                for n, subnet in enumerate(subnets, 1)
+            ]
+            for number, peer in enumerate(peers):
+                put_peer(client, *peer)
+                if number == 20:
+                    host.run(["ip", "link", "del", "flannel.1"], check=False)
+        wait_entries(host, of_peers(peers))
+    assert set(problems(daemon)) == {"flannel.1 was gone: it is made anew"}

@@ -228,6 +228,28 @@ def test_where_ours_would_stand(metric: int, tos: int, expected: bool) -> None:
     assert Found(A, PROTOCOL, metric, tos).in_slot is expected
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        pytest.param(
+            Found(route("10.5.1.0/24", "10.5.1.0", 7, True), PROTOCOL_BOOT), True, id="a peer's"
+        ),
+        pytest.param(Found(route("10.5.0.0/16", NOWHERE, 7), PROTOCOL_BOOT), True, id="Network's"),
+        pytest.param(
+            Found(route("172.30.0.0/16", "10.5.1.0", 7, True), PROTOCOL_BOOT),
+            False,
+            id="to what is behind a peer",
+        ),
+        pytest.param(
+            Found(route("10.5.1.0/24", "10.97.0.9", 2), PROTOCOL_BOOT), False, id="another device"
+        ),
+    ],
+)
+def test_which_routes_without_our_number_are_ours_to_remove(found: Found, expected: bool) -> None:
+    assert VXLAN.holds(found) is expected
+    assert not HOSTGW.holds(found)
+
+
 def test_without_a_device_no_neighbour_is_ours() -> None:
     assert compare([], PEER_FOUND[:2], HOSTGW) == Difference((), ())
 

@@ -158,6 +158,31 @@ def test_another_refusal_says_nothing_of_the_table(
     assert "gc_thresh3" not in caplog.text
 
 
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.ENETDOWN])
+def test_a_device_that_is_away_is_said_when_it_stays_away(
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    clock: Clock,
+) -> None:
+    """The kernel refuses its entries before it reports what happened to it."""
+    kernel = Kernel(0, number)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    reconciler.set_all(entries(1), TERRITORY)
+    assert caplog.records == []
+    for _ in range(3):
+        clock.time += CHECK_REFUSED
+        reconciler.work()
+    reason = os.strerror(number).lower()
+    assert [r.getMessage() for r in caplog.records] == [
+        f"Error adding neighbour 10.5.0.0 lladdr 02:00:00:00:00:00: {reason}"
+    ]
+    kernel.room = 1
+    clock.time += CHECK_REFUSED
+    reconciler.work()
+    assert caplog.text.count("Recovered neighbour 10.5.0.0") == 1
+
+
 def test_of_many_refusals_a_few_are_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
 ) -> None:

@@ -140,9 +140,9 @@ class UdpNetwork:
         while not stop.is_set():
             pulse.beat(IDLE)
             ready = self._wait(reconciler)
-            if self._feed.fileno() in ready:
-                for batch in self._feed.take():
-                    self._apply(batch)
+            batch = self._feed.take() if self._feed.fileno() in ready else None
+            if batch is not None:
+                self._apply(batch)
             if reconciler.fileno() in ready:
                 self._watch.note(reconciler.handle())
             self._mend(reconciler)
