@@ -18,7 +18,7 @@ PEER ?=
 
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
-	openssl:openssl gcc:gcc nft:nftables docker:docker.io busybox:busybox-static \
+	openssl:openssl gcc:gcc nft:nftables dockerd:docker.io docker:docker.io busybox:busybox-static \
 	faketime:faketime systemd-analyze:systemd
 VM_PACKAGES := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap mkfs.ext4:e2fsprogs \
 	depmod:kmod

@@ -97,7 +97,7 @@ def test_what_a_daemon_has_more_of_at_its_end() -> None:
         )
 
     assert grown(process(), True) == []
-    assert grown(process(rss=2000, descriptors=7, threads=1), True) == []
+    assert grown(process(rss=2000, descriptors=2, threads=1), True) == []
     # One that has lived for too short a time says nothing.
     assert grown(process(rss=90000, steps=20), True) == []
     assert grown(process(rss=9900), True) == [
