@@ -39,6 +39,8 @@ TYPE = "vxlan"
 MAX_VNI = 9_999_999
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+# As `encode_data` writes it; see `lease._USUAL`.
+_USUAL_DATA = re.compile(r'\{"VtepMAC":"([0-9a-f]{2}(?::[0-9a-f]{2}){5})"\}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,18 @@ def encode_data(mac: str) -> str:
 
 def decode_mac(attrs: LeaseAttrs) -> bytes:
     """Return the VTEP MAC of a peer (6 bytes). Raises BadLease."""
+    data = attrs.backend_data or ""
+    usual = _USUAL_DATA.fullmatch(data)
+    text = usual[1] if usual else _mac_text(data)
+    mac = bytes.fromhex(text.replace(":", ""))
+    if mac[0] & 1 or not any(mac):
+        raise BadLease(f"BackendData: VtepMAC {text} is no host's address")
+    return mac
+
+
+def _mac_text(data: str) -> str:
     try:
-        members = gojson.members(attrs.backend_data or "") or []
+        members = gojson.members(data) or []
     except gojson.JSONError as error:
         raise BadLease(f"BackendData: {error}") from error
     found = [member for member in members if gojson.fold(member.name) == "vtepmac"]
@@ -102,10 +114,7 @@ def decode_mac(attrs: LeaseAttrs) -> bytes:
     if not isinstance(text, str) or not _MAC.fullmatch(text):
         shown = gojson.shown(found[-1].raw)
         raise BadLease(f"BackendData: VtepMAC must be a MAC address, not {shown}")
-    mac = bytes.fromhex(text.replace(":", ""))
-    if mac[0] & 1 or not any(mac):
-        raise BadLease(f"BackendData: VtepMAC {text} is no host's address")
-    return mac
+    return text
 
 
 def peer_entries(

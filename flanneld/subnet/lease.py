@@ -7,6 +7,7 @@ and is checked: what cannot be used as a lease is a :class:`BadLease`.
 """
 
 import re
+import socket
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 
@@ -14,6 +15,12 @@ from flanneld.subnet import gojson
 
 _OCTET = r"(0|[1-9][0-9]{0,2})"
 _KEY = re.compile(rf"{_OCTET}\.{_OCTET}\.{_OCTET}\.{_OCTET}-([1-9]|[12][0-9]|3[01])")
+# What v0.8.0 and this daemon write, without blanks and escapes. A start reads ten thousand of them
+# at once, and the way through `gojson` takes four times as long.
+_USUAL = re.compile(
+    r'\{"PublicIP":"([0-9.]+)"(?:,"BackendType":"([a-z-]+)")?'
+    r'(?:,"BackendData":(\{"VtepMAC":"[0-9a-f:]*"\}))?\}'
+)
 _RANGE = re.compile(r"(?<![0-9])([0-9]{1,3}(?:\.[0-9]{1,3}){3})-0*([0-9]+)")
 
 
@@ -119,6 +126,14 @@ def decode_attrs(text: str) -> LeaseAttrs:
     :class:`BadLease` if the text is not such a value, or ``PublicIP`` cannot be the address
     of a host.
     """
+    usual = _USUAL.fullmatch(text)
+    if usual is not None:
+        address, backend_type, backend_data = usual.groups()
+        return LeaseAttrs(_public_ip(address, f'"{address}"'), backend_type or "", backend_data)
+    return _decode_any(text)
+
+
+def _decode_any(text: str) -> LeaseAttrs:
     try:
         found = gojson.members(text)
     except gojson.JSONError as error:
@@ -131,7 +146,9 @@ def decode_attrs(text: str) -> LeaseAttrs:
     for member in found:
         match gojson.fold(member.name):
             case "publicip":
-                public_ip = _public_ip(member)
+                if not isinstance(member.value, str):
+                    raise BadLease(f"PublicIP is {gojson.shown(member.raw)}, not a string")
+                public_ip = _public_ip(member.value, member.raw)
             case "backendtype":
                 if isinstance(member.value, str):
                     backend_type = gojson.scrub(member.value)
@@ -144,13 +161,12 @@ def decode_attrs(text: str) -> LeaseAttrs:
     return LeaseAttrs(public_ip, backend_type, backend_data)
 
 
-def _public_ip(member: gojson.Member) -> IPv4Address:
-    if not isinstance(member.value, str):
-        raise BadLease(f"PublicIP is {gojson.shown(member.raw)}, not a string")
+def _public_ip(text: str, raw: str) -> IPv4Address:
     try:
-        address = IPv4Address(member.value)
-    except ValueError:
-        raise BadLease(f"PublicIP {gojson.shown(member.raw)} is no IPv4 address") from None
+        # As strict as IPv4Address is with text, in a fifth of the time.
+        address = IPv4Address(socket.inet_pton(socket.AF_INET, text))
+    except (OSError, ValueError):
+        raise BadLease(f"PublicIP {gojson.shown(raw)} is no IPv4 address") from None
     problem = unusable_public_ip(address)
     if problem is not None:
         raise BadLease(f"PublicIP {address} {problem}")
@@ -159,7 +175,7 @@ def _public_ip(member: gojson.Member) -> IPv4Address:
 
 def unusable_public_ip(address: IPv4Address) -> str | None:
     """Why no host can be reached at ``address`` from others; ``None`` if one can."""
-    match address.packed[0]:
+    match int(address) >> 24:
         case 0:
             return "is unspecified"
         case 127:

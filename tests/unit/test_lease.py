@@ -1,12 +1,14 @@
 """Lease keys and values: what is written, what is read, what is refused."""
 
 import json
+from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flanneld.subnet import gojson
 from flanneld.subnet.lease import (
     BadLease,
     Lease,
@@ -142,6 +144,42 @@ def test_what_is_written_is_read_back(
     assert again.encode() == text
     # Go's reader has no trouble with it either.
     assert json.loads(text).keys() <= {"PublicIP", "BackendType", "BackendData"}
+
+
+USUAL = st.builds(
+    lambda ip, kind, data: f'{{"PublicIP":"{ip}"{kind}{data}}}',
+    st.ip_addresses(v=4).map(str) | st.from_regex(r"[0-9.]{1,16}", fullmatch=True),
+    st.sampled_from(
+        ["", ',"BackendType":"vxlan"', ',"BackendType":"host-gw"', ',"BackendType":""']
+    ),
+    st.sampled_from(["", ',"BackendData":null', ',"BackendData":{"VtepMAC":"02:00:5e:10:00:01"}']),
+)
+
+
+def read(how: Callable[[str], LeaseAttrs], text: str) -> LeaseAttrs | str:
+    try:
+        return how(text)
+    except BadLease as error:
+        return str(error)
+
+
+def test_what_flanneld_writes_needs_no_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gojson, "decode", None)
+    for attrs in (
+        LeaseAttrs(HOST),
+        LeaseAttrs(HOST, "host-gw"),
+        LeaseAttrs(HOST, "vxlan", '{"VtepMAC":"02:00:5e:10:00:01"}'),
+    ):
+        text = f'{{"PublicIP":"{HOST}"'
+        text += f',"BackendType":"{attrs.backend_type}"' if attrs.backend_type else ""
+        text += f',"BackendData":{attrs.backend_data}' if attrs.backend_data else ""
+        assert decode_attrs(text + "}") == attrs
+
+
+@given(USUAL)
+def test_a_usual_value_is_read_as_any_other_way_of_writing_it(text: str) -> None:
+    """A blank more, and it goes another way."""
+    assert read(decode_attrs, text) == read(decode_attrs, text.replace("{", "{ ", 1))
 
 
 @given(st.text() | st.from_regex(r'\{"PublicIP":.*\}', fullmatch=True))
