@@ -35,6 +35,15 @@ _NO_CHAIN = (_INCOMPATIBLE, "No chain/target/match by that name", "does not exis
 class _UnreadableError(MasqueradeError):
     """A hook has rules that iptables cannot show. The other table can be kept all the same."""
 
+    def __init__(self, chain: Chain) -> None:
+        super().__init__(
+            f"iptables cannot read {chain.hook} in the table {chain.table}, as nft has put a rule"
+            f" into it that iptables does not know (nft list chain ip {chain.table} {chain.hook});"
+            " move that rule into a table of its own, or set EnableNFTables in the network config,"
+            " and where FORWARD drops, accept the network there yourself"
+        )
+        self.chain = chain
+
 
 class RestoreDriver:
     """Implements `driver.Driver`."""
@@ -54,8 +63,9 @@ class RestoreDriver:
             _, unreadable = self._edits(self._rules.chains)
         except MasqueradeError as error:
             return Verdict(False, str(error))
-        if unreadable and len(unreadable) == sum(bool(each.rules) for each in self._rules.chains):
-            return Verdict(False, str(unreadable[0]))
+        lost = [error for error in unreadable if error.chain.rules]
+        if lost and len(lost) == sum(bool(chain.rules) for chain in self._rules.chains):
+            return Verdict(False, str(lost[0]))
         return Verdict(True, f"the host's iptables is {self._iptables}")
 
     def check(self) -> bool:
@@ -99,10 +109,10 @@ class RestoreDriver:
 
     def _edits(
         self, chains: Sequence[Chain]
-    ) -> tuple[list[tuple[Edit, Found]], list[MasqueradeError]]:
+    ) -> tuple[list[tuple[Edit, Found]], list[_UnreadableError]]:
         """What is to change, and what is in the way of the rest."""
         edits: list[tuple[Edit, Found]] = []
-        unreadable: list[MasqueradeError] = []
+        unreadable: list[_UnreadableError] = []
         for chain in chains:
             try:
                 found = self._read(chain)
@@ -147,12 +157,7 @@ class RestoreDriver:
                 self._run([nft, "list", "chain", "ip", chain.table, chain.name])
             except MasqueradeError:
                 return Found()
-        raise _UnreadableError(
-            f"iptables cannot read {chain.hook} in the table {chain.table}, as nft has put a rule"
-            f" into it that iptables does not know (nft list chain ip {chain.table} {chain.hook});"
-            " move that rule into a table of its own, or set EnableNFTables in the network config,"
-            " and where FORWARD drops, accept the network there yourself"
-        )
+        raise _UnreadableError(chain)
 
     def _checked_ends(self, chain: Chain, found: Found) -> Found:
         """The same with those last rules only that drop everything in nft's view, too.
