@@ -18,6 +18,7 @@ from flanneld.masquerade.driver import (
     find,
     legacy_tables,
 )
+from flanneld.masquerade.generation import Generation
 from flanneld.masquerade.rules import FILTER, NAT, Chain, Edit, Found, Rules, blocks, edit
 from flanneld.masquerade.text import parse_list, render, without_false_ends
 
@@ -56,6 +57,7 @@ class RestoreDriver:
         self._rules = rules if iptables.knows_random_fully else rules.plain()
         self._wait = ["--wait", str(LOCK_TIMEOUT)] if iptables.waits else []
         self._said = False
+        self._generation = Generation()
 
     def supported(self) -> Verdict:
         """Whether some of the rules can be kept; nothing is written."""
@@ -69,7 +71,15 @@ class RestoreDriver:
         return Verdict(True, f"the host's iptables is {self._iptables}")
 
     def check(self) -> bool:
-        """Four calls of iptables, each of which lists one chain: a host may have 30,000 rules."""
+        """Four calls of iptables, each of which lists one chain: a host may have 30,000 rules.
+
+        None, mostly, while nothing in nf_tables changes.
+        """
+        if self._iptables.variant == NF_TABLES:
+            return self._generation.check(self._check)
+        return self._check()
+
+    def _check(self) -> bool:
         edits, unreadable = self._edits(self._rules.chains)
         if unreadable and not edits:
             raise unreadable[0]
