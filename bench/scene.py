@@ -47,7 +47,8 @@ class Effort:
     traffic_seconds: float
 
 
-FULL = Effort(9, 3, 200, 20.0, 24, 3, 1.0)
+# At rest for a minute: what is looked at once in so many times is in it as often as it should be.
+FULL = Effort(9, 3, 200, 60.0, 24, 3, 1.0)
 QUICK = Effort(1, 1, 10, 2.0, 3, 1, 0.4)
 
 

@@ -1,5 +1,6 @@
 """How long a start takes, and what the daemon weighs: without peers, and with more and more."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -145,7 +146,7 @@ def start_and_watch(site: Site) -> tuple[float, float]:
 
 
 def at_rest(scene: Scene, peers: int) -> None:
-    """CPU and memory of all of them at once, while nothing happens."""
+    """The CPU time of all of them at once, with what they run, while nothing happens."""
     overlays = [Overlay(scene, f"rest-{backend}", backend) for backend in BACKENDS]
     for overlay in overlays:
         overlay.grow(peers)
@@ -165,11 +166,11 @@ def at_rest(scene: Scene, peers: int) -> None:
 def _rest(scene: Scene, sites: list[Site], effort: Effort) -> None:
     running = [site for site in sites if site.daemon.is_running]
     time.sleep(min(_SETTLE, effort.idle_seconds))
-    before, began = [cpu_seconds(site.daemon.pid) for site in running], time.monotonic()
+    before, began = [_with_children(site.daemon.pid) for site in running], time.monotonic()
     time.sleep(effort.idle_seconds)
     passed = time.monotonic() - began
     for site, earlier in zip(running, before, strict=True):
-        percent = 100 * (cpu_seconds(site.daemon.pid) - earlier) / passed
+        percent = 100 * (_with_children(site.daemon.pid) - earlier) / passed
         about = (site.overlay.backend, site.who.name, site.overlay.size)
         scene.results.add(Key(IDLE_CPU, *about), "%", percent)
         scene.say(f"{', '.join(map(str, about))} peers: {percent:.2f} % of a core at rest")
@@ -179,8 +180,23 @@ def cpu_seconds(pid: int) -> float:
     """The CPU time of all threads of a process, in seconds and to the nanosecond.
 
     How long a start takes depends on who else wants the CPU; this hardly does. What its children
-    (iptables-restore, say) take is not in it. /proc/PID/stat counts whole ticks of 10 ms, about
-    what a daemon at rest takes in a minute.
+    (iptables-restore, say) take is not in it: see `children_seconds`. /proc/PID/stat counts whole
+    ticks of 10 ms, about what a daemon at rest takes in a minute.
     """
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def children_seconds(pid: int) -> float:
+    """The CPU time of a process' children that have ended, and of theirs.
+
+    In whole ticks of 10 ms of user and of system time; the kernel adds up what is less.
+    """
+    # The second field, the command's name, may hold anything. Fields 16 and 17 are wanted.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    user, system = int(fields[13]), int(fields[14])
+    return (user + system) / os.sysconf("SC_CLK_TCK")
+
+
+def _with_children(pid: int) -> float:
+    return cpu_seconds(pid) + children_seconds(pid)

@@ -32,7 +32,8 @@ def take(subnet_file: str | Path) -> int:
     The kernel gives the lock back with the process, however it ends. Raises InUse, and OSError if
     there is no such directory or it is read-only.
     """
-    fd = os.open(lock_file(subnet_file), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    # Not 0644: whoever may open a file for reading may lock it.
+    fd = os.open(lock_file(subnet_file), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.truncate(fd, 0)

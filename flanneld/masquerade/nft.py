@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from zlib import crc32
 
 from flanneld.masquerade.driver import Commands, Driver, MasqueradeError, Verdict
+from flanneld.masquerade.generation import Generation
 from flanneld.masquerade.rules import Rules, Words, split
 
 TABLE = "ip flannel-ipv4"
@@ -98,6 +99,7 @@ class NftDriver:
         self._forward = forward
         # What our chain looks like when it is right. Each version of nft shows it its own way.
         self._shown: str | None = None
+        self._generation = Generation()
 
     def supported(self) -> Verdict:
         """Whether the kernel would take the table; drops ``fully-random`` if only that fails."""
@@ -113,15 +115,20 @@ class NftDriver:
         return Verdict(True, f"EnableNFTables is set; {self._nft}, table {TABLE}{where}")
 
     def check(self) -> bool:
-        """One call of nft, and what the forward rules cost."""
+        """One call of nft, or mostly none while nothing changes, and what the forward rules cost.
+
+        These may be the legacy iptables', of which no generation tells.
+        """
+        as_wanted = self._generation.check(self._check)
+        return as_wanted and (self._forward is None or self._forward.check())
+
+    def _check(self) -> bool:
         there = chains(self._show(TABLE) or "")
         found = ours(self._rules, there)
         if self._rules.nat.rules:
             name = chain_of(self._rules)
-            as_wanted = found == [name] and there[name] == self._shown
-        else:
-            as_wanted = not found
-        return as_wanted and (self._forward is None or self._forward.check())
+            return found == [name] and there[name] == self._shown
+        return not found
 
     def apply(self) -> None:
         """One transaction. Connections keep the addresses they have."""

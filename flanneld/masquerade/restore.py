@@ -18,6 +18,7 @@ from flanneld.masquerade.driver import (
     find,
     legacy_tables,
 )
+from flanneld.masquerade.generation import Generation
 from flanneld.masquerade.rules import FILTER, NAT, Chain, Edit, Found, Rules, blocks, edit
 from flanneld.masquerade.text import parse_list, render, without_false_ends
 
@@ -35,6 +36,15 @@ _NO_CHAIN = (_INCOMPATIBLE, "No chain/target/match by that name", "does not exis
 class _UnreadableError(MasqueradeError):
     """A hook has rules that iptables cannot show. The other table can be kept all the same."""
 
+    def __init__(self, chain: Chain) -> None:
+        super().__init__(
+            f"iptables cannot read {chain.hook} in the table {chain.table}, as nft has put a rule"
+            f" into it that iptables does not know (nft list chain ip {chain.table} {chain.hook});"
+            " move that rule into a table of its own, or set EnableNFTables in the network config,"
+            " and where FORWARD drops, accept the network there yourself"
+        )
+        self.chain = chain
+
 
 class RestoreDriver:
     """Implements `driver.Driver`."""
@@ -47,6 +57,7 @@ class RestoreDriver:
         self._rules = rules if iptables.knows_random_fully else rules.plain()
         self._wait = ["--wait", str(LOCK_TIMEOUT)] if iptables.waits else []
         self._said = False
+        self._generation = Generation()
 
     def supported(self) -> Verdict:
         """Whether some of the rules can be kept; nothing is written."""
@@ -54,12 +65,21 @@ class RestoreDriver:
             _, unreadable = self._edits(self._rules.chains)
         except MasqueradeError as error:
             return Verdict(False, str(error))
-        if unreadable and len(unreadable) == sum(bool(each.rules) for each in self._rules.chains):
-            return Verdict(False, str(unreadable[0]))
+        lost = [error for error in unreadable if error.chain.rules]
+        if lost and len(lost) == sum(bool(chain.rules) for chain in self._rules.chains):
+            return Verdict(False, str(lost[0]))
         return Verdict(True, f"the host's iptables is {self._iptables}")
 
     def check(self) -> bool:
-        """Four calls of iptables, each of which lists one chain: a host may have 30,000 rules."""
+        """Four calls of iptables, each of which lists one chain: a host may have 30,000 rules.
+
+        None, mostly, while nothing in nf_tables changes.
+        """
+        if self._iptables.variant == NF_TABLES:
+            return self._generation.check(self._check)
+        return self._check()
+
+    def _check(self) -> bool:
         edits, unreadable = self._edits(self._rules.chains)
         if unreadable and not edits:
             raise unreadable[0]
@@ -99,10 +119,10 @@ class RestoreDriver:
 
     def _edits(
         self, chains: Sequence[Chain]
-    ) -> tuple[list[tuple[Edit, Found]], list[MasqueradeError]]:
+    ) -> tuple[list[tuple[Edit, Found]], list[_UnreadableError]]:
         """What is to change, and what is in the way of the rest."""
         edits: list[tuple[Edit, Found]] = []
-        unreadable: list[MasqueradeError] = []
+        unreadable: list[_UnreadableError] = []
         for chain in chains:
             try:
                 found = self._read(chain)
@@ -147,12 +167,7 @@ class RestoreDriver:
                 self._run([nft, "list", "chain", "ip", chain.table, chain.name])
             except MasqueradeError:
                 return Found()
-        raise _UnreadableError(
-            f"iptables cannot read {chain.hook} in the table {chain.table}, as nft has put a rule"
-            f" into it that iptables does not know (nft list chain ip {chain.table} {chain.hook});"
-            " move that rule into a table of its own, or set EnableNFTables in the network config,"
-            " and where FORWARD drops, accept the network there yourself"
-        )
+        raise _UnreadableError(chain)
 
     def _checked_ends(self, chain: Chain, found: Found) -> Found:
         """The same with those last rules only that drop everything in nft's view, too.

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.start import children_seconds
+
 TOP = Path(__file__).resolve().parents[2]
 
 
@@ -64,3 +66,9 @@ def test_events_and_resyncs_are_seen_in_the_kernel(tmp_path: Path) -> None:
     wanted = {"write of a lease to the entry", "write of a lease alone", "resync"}
     found = series(document, "measure", "backend", "peers")
     assert found == {(measure, way, 30) for measure in wanted for way in ("host-gw", "vxlan")}
+
+
+def test_what_children_took_is_counted_once_they_have_ended() -> None:
+    while not sum(os.times()[2:4]):
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+    assert children_seconds(os.getpid()) == sum(os.times()[2:4])

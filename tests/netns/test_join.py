@@ -63,8 +63,9 @@ def test_keys_values_and_subnet_files_are_byte_for_byte_the_originals(make_lab: 
             "FLANNEL_IPMASQ=false\n"
         )
         assert stat.S_IMODE(file.stat().st_mode) == 0o644
-        # No temporary file stays beside it, but the daemon's lock.
+        # No temporary file stays beside it, but the daemon's lock, which is nobody else's to hold.
         assert {path.name for path in file.parent.iterdir()} == {"subnet.env", ".subnet.env.lock"}
+        assert stat.S_IMODE((file.parent / ".subnet.env.lock").stat().st_mode) == 0o600
 
 
 def test_a_route_is_as_the_originals_but_for_its_mark(make_lab: MakeLab) -> None:

@@ -21,7 +21,7 @@ OWN = {
     ),
     "flanneld.backend": "base device feed hostgw peers registry",
     "flanneld.kernel": "hostwire link netlink reconcile spared state wire",
-    "flanneld.masquerade": "choose driver keeper nft restore rules text",
+    "flanneld.masquerade": "choose driver generation keeper nft restore rules text",
     "flanneld.subnet": (
         "allocate config env etcd_member etcdv2 gojson lease local_manager manager monitor"
         " python_etcd store watch"

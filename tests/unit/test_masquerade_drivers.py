@@ -251,6 +251,23 @@ def test_a_hook_that_iptables_cannot_show_matters_only_with_rules_of_ours(
         RestoreDriver(find_iptables(commands), forward, commands).remove()
 
 
+def test_a_chain_that_wants_no_rules_is_no_reason_against_a_driver(
+    tools: Callable[..., Path],
+) -> None:
+    """Without nft nobody can say whether an old chain of ours is in the one that is not shown."""
+    script = f"[ $2$3$4 != 5-tnat ] || {{ {INCOMPATIBLE}; }}; {EMPTY}"
+    iptables(tools, "iptables v1.8.9 (nf_tables)", script)
+    commands = Commands()
+    found = find_iptables(commands)
+    forward = wanted(N, S, masquerade=False, forward=True)
+    assert RestoreDriver(found, forward, commands).supported().usable
+    assert RestoreDriver(found, RULES, commands).supported().usable
+    masquerade = wanted(N, S, masquerade=True, forward=False)
+    verdict = RestoreDriver(found, masquerade, commands).supported()
+    assert not verdict.usable
+    assert verdict.reason.startswith("iptables cannot read POSTROUTING in the table nat")
+
+
 def test_each_driver_removes_on_its_own(tools: Callable[..., Path]) -> None:
     iptables(tools, "iptables v1.8.9 (nf_tables)", "echo torn >&2; exit 4")
     tools("nft", "echo broken >&2; exit 1")

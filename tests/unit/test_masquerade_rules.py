@@ -6,7 +6,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flanneld.flags import Options
@@ -523,6 +523,7 @@ def of_ours(chain: Chain, rule: str) -> bool:
     return is_stale(chain, line) or ("-j", chain.name) in line.options
 
 
+@settings(deadline=None)
 @given(tables(), st.booleans(), st.booleans())
 def test_from_any_state_one_step_leads_to_the_wanted_one_and_spares_all_others(
     before: dict[str, dict[str, list[str]]], masquerade: bool, forward: bool
@@ -548,6 +549,7 @@ def test_from_any_state_one_step_leads_to_the_wanted_one_and_spares_all_others(
             ]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_no_text_upsets_the_parser(text: str) -> None:
     parse_line(text)
