@@ -16,6 +16,8 @@ from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import Buffer
 
 TCP, UDP = reference.TCP, reference.UDP
+# As it is after other batches.
+SCRATCH = np.full(ROWS << 12, 0xA5, np.uint8)
 
 
 class Device:
@@ -47,7 +49,7 @@ class Device:
                 memory = np.zeros((end - at, stride), np.uint8)
                 for row, packet in zip(memory, packets[at:end], strict=True):
                     row[:size] = np.frombuffer(packet, np.uint8)
-                batch = Batch(memory.reshape(-1), end - at, size, stride)
+                batch = Batch(memory.reshape(-1), end - at, size, stride, SCRATCH)
                 self.coalescer.add_rows(batch, lambda _: True)
             else:
                 for packet in packets[at:end]:
@@ -174,7 +176,7 @@ def test_runs_of_several_calls_are_joined() -> None:
     device = Device()
     for at in range(0, 30, 10):
         memory = np.frombuffer(bytearray(b"".join(packets[at : at + 10])), np.uint8)
-        device.coalescer.add_rows(Batch(memory, 10, 1040, 1040), lambda _: True)
+        device.coalescer.add_rows(Batch(memory, 10, 1040, 1040, SCRATCH), lambda _: True)
     assert not device.frames
     device.coalescer.flush()
     check(packets, device)
@@ -196,7 +198,7 @@ def test_sources_that_are_not_admitted_are_counted() -> None:
     packets = flow(TCP, [100] * 10)
     memory = np.frombuffer(bytearray(b"".join(packets)), np.uint8)
     device = Device()
-    device.coalescer.add_rows(Batch(memory, 10, 140, 140), lambda source: source[0] != 10)
+    device.coalescer.add_rows(Batch(memory, 10, 140, 140, SCRATCH), lambda source: source[0] != 10)
     device.coalescer.add(memoryview(bytearray(packets[0])), lambda source: source[0] != 10)
     device.coalescer.flush()
     assert not device.frames

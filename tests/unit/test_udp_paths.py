@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
@@ -385,3 +386,17 @@ def test_a_device_that_is_gone_is_an_error(bench: Bench, monkeypatch: pytest.Mon
     bench.udp.incoming = incoming(from_peer(flow(TCP, [500] * 30)))
     with pytest.raises(OSError, match="bad state"):
         bench.receive()
+
+
+def test_batches_of_many_odd_sizes_do_not_fill_the_memory(bench: Bench) -> None:
+    """Each shape is remembered, but no copy of its packets."""
+    bench.receiver._source_check = False
+    for size in range(1001, 1301, 2):
+        packets = reference.segment(super_packet(TCP, bytes(40 * (size - 40))), size - 40)
+        bench.udp.incoming.append((b"".join(packets), size, PEER[0]))
+    tracemalloc.start()
+    bench.receive()
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bench.counters.tun_written_packets == 40 * 150
+    assert used < 2 << 20

@@ -42,10 +42,11 @@ class Batch:
 
     ``memory`` begins with the first packet, whose address is even if ``size`` is; there are
     ``count`` of them, at most ROWS, ``stride`` bytes apart. The same object serves all batches of
-    this shape in the same place.
+    this shape in the same place. ``scratch``, of ``count * (size + 1)`` bytes or more at an even
+    address, may be shared with other batches: nothing is kept there.
     """
 
-    def __init__(self, memory: Bytes, count: int, size: int, stride: int) -> None:
+    def __init__(self, memory: Bytes, count: int, size: int, stride: int, scratch: Bytes) -> None:
         self.count = count
         self.size = size
         self.rows = memory[: count * stride].reshape(count, stride)
@@ -54,7 +55,9 @@ class Batch:
         self._view = memory.data
         self._stride = stride
         # An odd last byte is summed with a zero beside it, of which packets in a row have none.
-        self._padded = np.zeros((count, size + 1), np.uint8) if size & 1 else None
+        self._padded = None
+        if size & 1:
+            self._padded = scratch[: count * (size + 1)].reshape(count, size + 1)
         source = self.rows[:, :size] if self._padded is None else self._padded
         self._pairs = source.view(np.uint16)
         whole = self.rows[:, :HEAD]
@@ -143,6 +146,7 @@ class Batch:
             self._summed = True
             if self._padded is not None:
                 self._padded[:, : self.size] = self.rows[:, : self.size]
+                self._padded[:, self.size] = 0
             np.add.reduce(self._pairs, axis=1, dtype=np.uint32, out=self._sums[0])
             np.add.reduce(self._ip_pairs, axis=1, dtype=np.uint32, out=self._sums[1])
         # The IP header's own sum is zero, so the row's is that of what follows it.

@@ -77,6 +77,9 @@ class Receiver:
         self._arena = bytearray(SLOTS * self._stride + LONGEST_PACKET + 1)
         self._view = memoryview(self._arena)
         self._array = np.frombuffer(self._arena, np.uint8)
+        # A byte more for each packet. One for all batches: with one for each, peers that send many
+        # odd sizes would take 4 MB.
+        self._scratch = np.empty(len(self._arena) + ROWS, np.uint8)
         self._slots = [[self._view[slot * self._stride :]] for slot in range(SLOTS)]
         self._admits: dict[str, Admit] = {}
         self._batches: dict[tuple[int, int, int, int], Batch] = {}
@@ -195,7 +198,8 @@ class Receiver:
             if batch is None:
                 if len(self._batches) >= _BATCHES:
                     del self._batches[next(iter(self._batches))]
-                batch = self._batches[key] = Batch(self._array[key[0] :], *key[1:])
+                batch = Batch(self._array[key[0] :], *key[1:], scratch=self._scratch)
+                self._batches[key] = batch
             self._coalescer.add_rows(batch, admit)
 
     # The TUN device
