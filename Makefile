@@ -31,7 +31,7 @@ POLICY := /usr/sbin/policy-rc.d
 	soak-udp bench-udp install-system test-systemd clean
 
 help:
-	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; under a minute)"
+	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; seconds, the first time minutes)"
 	@echo "               HOSTS=5, BACKEND=host-gw or BACKEND=udp choose others"
 	@echo "make test      lint, types, unit tests and, as root, the tests on the real kernel"
 	@echo "make install   the virtual environment $(VENV) and the Debian packages that are missing"

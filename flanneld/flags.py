@@ -332,14 +332,23 @@ class Parsed:
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
     """Options from the command line (without the program name), the environment, the defaults.
 
-    The first argument that is not a flag ends the flags; the rest is ignored. A variable counts
-    if it is not empty and its flag is not on the command line. An invalid variable is left out
-    with a warning. With ``-version`` the environment is not read.
+    The first argument that is not a flag ends the flags; the rest is ignored with a warning, and
+    refused with ``-cleanup``. A variable counts if it is not empty and its flag is not on the
+    command line. An invalid variable is left out with a warning. With ``-version`` the environment
+    is not read.
 
     Raises UsageError with Go's text, or HelpRequested.
     """
-    values = _from_command_line(argv)
+    values, rest = _from_command_line(argv)
     warnings = []
+    if rest and values.get("cleanup"):
+        raise UsageError(f"unexpected argument {go_quote(rest[0])}")
+    if rest:
+        # Of what follows nothing is shown: a password may be in it.
+        warnings.append(
+            f"Ignoring the argument {go_quote(rest[0])} and all after it: it is no flag"
+            " (the value of a switch is given with =, as in -ip-masq=false)"
+        )
     if not values.get("version"):
         for flag in FLAGS:
             text = environ.get(flag.variable, "")
@@ -355,13 +364,15 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
     return Parsed(replace(Options(), **values), tuple(warnings))
 
 
-def _from_command_line(argv: Sequence[str]) -> dict[str, Any]:
-    """Field name -> value, for the flags that are given."""
+def _from_command_line(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Field name -> value, for the flags that are given; and what comes after the flags."""
     values: dict[str, Any] = {}
     arguments = iter(argv)
     for argument in arguments:
-        if len(argument) < 2 or argument[0] != "-" or argument == "--":
+        if argument == "--":
             break
+        if len(argument) < 2 or argument[0] != "-":
+            return values, [argument, *arguments]
         body = argument.removeprefix("-").removeprefix("-")
         if body[0] in "-=":
             raise UsageError(f"bad flag syntax: {argument}")
@@ -386,7 +397,7 @@ def _from_command_line(argv: Sequence[str]) -> dict[str, Any]:
         if flag.kind is LIST:
             value = (*values.get(flag.attribute, ()), text)
         values[flag.attribute] = value
-    return values
+    return values, list(arguments)
 
 
 def usage(program: str) -> str:
@@ -398,7 +409,7 @@ def usage(program: str) -> str:
         lines.append(f"{head}\n    \t{flag.usage}")
         if flag.default != flag.kind.zero:
             default = flag.default
-            shown = go_quote(default) if isinstance(default, str) else str(default)
+            shown = go_quote(default) if isinstance(default, str) else str(default).lower()
             lines.append(f" (default {shown})")
         lines.append("\n")
     return "".join(lines)

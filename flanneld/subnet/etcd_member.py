@@ -282,7 +282,10 @@ def tls_context(credentials: Credentials, sockets: OpenSockets) -> ssl.SSLContex
             # A password, so that OpenSSL does not ask the terminal for one.
             context.load_cert_chain(cert, key, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise OptionError(f"cannot use the etcd {step}: {error}") from error
+        why = str(error)
+        if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
+            why = error.strerror or why
+        raise OptionError(f"cannot use the etcd {step}: {why}") from error
     context.sslsocket_class = Socket
     return context
 

@@ -91,7 +91,8 @@ class LocalManager:
             self._config_text = self._store.read_config()
         except KeyNotFound as absent:
             raise ConfigError(
-                f"{absent}: write the network config there, or correct --etcd-prefix"
+                f"{absent}: write the network config to the key config below --etcd-prefix,"
+                " or correct that flag"
             ) from absent
         return parse_config(self._config_text)
 
