@@ -1,11 +1,10 @@
 """What systemd is told (sd_notify): READY, STATUS, WATCHDOG and STOPPING."""
 
 import select
-import time
+import threading
 from collections.abc import MutableMapping
 from typing import Any
 
-from flanneld.clock import now
 from flanneld.heartbeat import take_watchdog_interval
 
 # Seconds for a service manager that does not read.
@@ -28,6 +27,7 @@ class Notifier:
         self._notifier: Any = None
         self.watchdog_interval = take_watchdog_interval(environ)
         self._status = ""
+        self._leaving = False
         if environ.get("NOTIFY_SOCKET"):
             # Without the variable sdnotify would leave a socket open for nothing.
             import sdnotify
@@ -43,14 +43,14 @@ class Notifier:
     def ready(self) -> None:
         """Say that the subnet file and the first peers are in place.
 
-        This message alone is worth waiting for: without it the unit's start fails.
+        This message alone must arrive: without it the unit's start fails. If it cannot be said
+        within `READY_PATIENCE`, it is said by a thread as soon as the service manager reads.
         """
         if self._notifier is not None and self._notifier.socket is not None:
-            # Not by the socket's timeout: another thread may want to say goodbye meanwhile.
-            end = now() + READY_PATIENCE
-            while not self._has_room() and now() < end:
-                time.sleep(READY_PATIENCE / 100)
-            self._send("READY=1")
+            if self._wait_for_room(READY_PATIENCE):
+                self._send("READY=1")
+            else:
+                threading.Thread(target=self._ready_later, name="ready", daemon=True).start()
 
     def status(self, text: str) -> None:
         """Show one line in ``systemctl status``."""
@@ -66,11 +66,23 @@ class Notifier:
 
     def stopping(self) -> None:
         """Say that the daemon is on its way out."""
+        self._leaving = True
         self._send("STOPPING=1")
 
-    def _has_room(self) -> bool:
-        """Tell whether the service manager's queue takes one more message."""
-        return bool(select.select([], [self._notifier.socket], [], 0)[1])
+    def _ready_later(self) -> None:
+        while not self._leaving:
+            if self._wait_for_room(READY_PATIENCE):
+                self._send("READY=1")
+                # What was said meanwhile was lost.
+                self._send(f"STATUS={self._status}")
+                return
+
+    def _wait_for_room(self, seconds: float) -> bool:
+        """Wait until the service manager's queue takes one more message; False if it does not.
+
+        Not by the socket's timeout: another thread may want to say goodbye meanwhile.
+        """
+        return bool(select.select([], [self._notifier.socket], [], seconds)[1])
 
     def _send(self, message: str) -> None:
         if self._notifier is not None:

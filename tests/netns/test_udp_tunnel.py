@@ -132,14 +132,19 @@ def test_tcp_both_ways_is_exact(pair: Pair) -> None:
 def test_without_one_offload_it_goes_on_slower(make_lab: MakeLab, missing: Offload) -> None:
     pair = make(make_lab(2, etcd=False), wanted=ALL & ~missing)
     works(pair)
-    both_ways(*both(pair), megabytes=3)
-    sends, receives = (
-        pair.tunnels[0].counters.segments_per_send,
-        pair.tunnels[0].counters.segments_per_receive,
-    )
-    assert (sends == 1.0) is (missing is Offload.SEGMENT)
-    # On a veth only what was sent in one call can be received in one.
-    assert (receives == 1.0) is (missing in (Offload.SEGMENT, Offload.GRO))
+
+    def as_expected() -> bool:
+        both_ways(*both(pair), megabytes=3)
+        counters = pair.tunnels[0].counters
+        one_by_one = counters.segments_per_send == 1.0, counters.segments_per_receive == 1.0
+        # On a veth only what was sent in one call can be received in one.
+        return one_by_one == (
+            missing is Offload.SEGMENT,
+            missing in (Offload.SEGMENT, Offload.GRO),
+        )
+
+    # On a busy machine there may be no two packets at once for a while.
+    eventually(as_expected, 20.0, "packets sent and received together, or one by one")
 
 
 def test_without_any_offload_it_goes_packet_by_packet(make_lab: MakeLab) -> None:

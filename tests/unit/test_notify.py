@@ -124,18 +124,40 @@ def test_ready_waits_for_a_full_queue(service_manager: socket.socket) -> None:
     close(notifier)
 
 
-@pytest.mark.usefixtures("service_manager")
-def test_ready_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ready_does_not_wait_for_ever_and_is_said_in_the_end(
+    service_manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(notify, "READY_PATIENCE", 0.1)
     notifier = Notifier(os.environ)
     fill(notifier)
     began = time.monotonic()
     notifier.ready()
     assert time.monotonic() - began >= 0.1
-    fill(notifier)
-    notifier.stopping()
+    notifier.status("the last one")
+    heard = [service_manager.recv(4096)]
+    while not heard[-1].startswith(b"STATUS=the last"):
+        heard.append(service_manager.recv(4096))
+    assert heard[-2] == b"READY=1"
     assert notifier._notifier.socket.gettimeout() == 0
+    join_late(notifier)
+
+
+def join_late(notifier: Notifier) -> None:
+    for thread in threading.enumerate():
+        if thread.name == "ready":
+            thread.join(5)
+            assert not thread.is_alive()
     close(notifier)
+
+
+@pytest.mark.usefixtures("service_manager")
+def test_who_leaves_before_it_could_say_ready_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notify, "READY_PATIENCE", 0.1)
+    notifier = Notifier(os.environ)
+    fill(notifier)
+    notifier.ready()
+    notifier.stopping()
+    join_late(notifier)
 
 
 @pytest.mark.usefixtures("service_manager")
