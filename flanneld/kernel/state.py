@@ -97,6 +97,9 @@ class Found:
     neighbour or FDB entry is permanent, and leads to no port or network of its own."""
     permanent: bool = True
     """Of a neighbour or FDB entry: the kernel does not forget it by itself."""
+    elsewhere: bytes = b""
+    """Of an FDB entry that leads to a port, network or device of its own: these, as the netlink
+    attributes by which the kernel tells it from others of its MAC."""
 
     @property
     def in_slot(self) -> bool:
