@@ -23,13 +23,13 @@ from flanneld.kernel.netlink import (
     Overflow,
     Refusal,
 )
+from flanneld.kernel.refusals import Refusals, log_recovered
 from flanneld.kernel.spared import Spared
 from flanneld.kernel.state import (
     PROTOCOL,
     PROTOCOL_BOOT,
     Entry,
     Found,
-    Neighbour,
     Route,
     Slot,
     Territory,
@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 
 # Seconds between comparisons when nothing happens: a net below the events, which suffice.
 CHECK = 60.0
-# The same while the kernel refuses entries: soon at first, then at the original's interval.
-FIRST_CHECK_REFUSED, CHECK_REFUSED = 1.0, 10.0
 # Seconds until the kernel is asked again after a request failed as a whole.
 CHECK_FAILED = 1.0
 
@@ -53,12 +51,6 @@ FIRST_GAP, LONGEST_GAP, CALM = 0.02, 0.5, 5.0
 # From so many entries on, routes are spread over scopes: below it costs the kernel next to nothing
 # (1,000 routes 15 ms), and the routes look like anybody's.
 SPREAD_FROM = 1000
-
-# The device is gone or down. The kernel may say so before it reports the event.
-_DEVICE_AWAY = frozenset({errno.ENODEV, errno.ENETDOWN})
-
-# "neighbour table overflow", in the words of errno.
-_TABLE_FULL = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
 
 
 class Reconciler:
@@ -74,7 +66,7 @@ class Reconciler:
         # The slots in which something of ours stands, as far as we know.
         self._ours: set[Slot] = set()
         self._touched: dict[Slot, None] = {}
-        self._refused: dict[Entry, str] = {}
+        self._refusals = Refusals()
         # The monitor first: what happens during the first comparison is seen by one of them.
         self._monitor = Monitor(neighbours=neighbours)
         self._requests: EntrySocket | None = None
@@ -83,9 +75,7 @@ class Reconciler:
         self._repaired_at = now() - CALM
         self._trouble = ""
         self._look_wide = True
-        self._kept: frozenset[Found] = frozenset()
         self._spared = Spared()
-        self._patience = 0.0
         self._held = 0
         self._overflowed_at = now() - CALM
         self.in_step = False
@@ -165,7 +155,7 @@ class Reconciler:
     def summary(self) -> str:
         """Return the state in a few words, for the log."""
         state = self._trouble or ("in step" if self.in_step else "not compared yet")
-        return f"{len(self._wanted)} kernel entries, {len(self._refused)} refused, {state}"
+        return f"{len(self._wanted)} kernel entries, {len(self._refusals)} refused, {state}"
 
     def close(self) -> None:
         """Close the sockets; the entries stay."""
@@ -176,8 +166,9 @@ class Reconciler:
     def _entry_event(self, event: EntryEvent) -> None:
         found = event.found
         slot = found.entry.slot
-        if slot in self._wanted and found.in_slot:
-            if event.deleted or not found.is_written_as(self._wanted[slot]):
+        wanted = self._wanted.get(slot)
+        if wanted is not None and found.in_slot:
+            if event.deleted or not found.is_written_as(wanted):
                 self._touched[slot] = None
         elif not event.deleted and self._territory.holds(found):
             self._check_soon()
@@ -195,7 +186,7 @@ class Reconciler:
             self._check_soon()
         else:
             # An address or a device of somebody else may be what a refused route waits for.
-            self._touched.update((entry.slot, None) for entry in self._refused)
+            self._touched.update((entry.slot, None) for entry in self._refusals)
 
     def _check_soon(self) -> None:
         wait = max(self._repaired_at + self._gap, now())
@@ -210,10 +201,10 @@ class Reconciler:
         entries = [entry for entry in entries if entry.oif != self._held]
         self._touched.clear()
         self._slow_down(time)
-        waiting = set(self._refused)
+        waiting = set(self._refusals)
         if self._apply(entries, []):
-            known = waiting | set(self._refused)
-            self._log_recovered([entry for entry in entries if entry not in known])
+            known = waiting.union(self._refusals)
+            log_recovered(entry for entry in entries if entry not in known)
 
     def _slow_down(self, time: float) -> None:
         calm = time - self._repaired_at >= CALM
@@ -245,7 +236,8 @@ class Reconciler:
         # ours and only different, or was replaced under our eyes, may be replaced.
         standing = {item.entry.slot for item in found if item.in_slot and item.may_be_replaced}
         self._ours -= missing - standing
-        tried_before = set(self._refused)
+        tried_before = set(self._refusals)
+        self._refusals.note_present(missing)
         if changes.write or changes.delete:
             self._slow_down(now())
         if not self._apply(changes.write, changes.delete):
@@ -256,11 +248,11 @@ class Reconciler:
         log_many(
             log,
             "Removed stale %s",
-            [str(item.entry) for item in changes.delete if item not in self._kept],
+            [str(item.entry) for item in changes.delete if not self._refusals.is_kept(item)],
         )
         if self.in_step:
-            known = tried_before | set(self._refused)
-            self._log_recovered([entry for entry in changes.write if entry not in known])
+            known = tried_before.union(self._refusals)
+            log_recovered(entry for entry in changes.write if entry not in known)
         self.in_step = True
 
     def _is_stale(self, found: Found) -> bool:
@@ -302,10 +294,11 @@ class Reconciler:
         except OSError as error:
             self._failed(error)
             return False
-        self._kept = frozenset(kept)
-        for item, why in kept.items():
-            log.error("Error deleting %s: %s", item.entry, why)
-        self._note_refusals(write, refused)
+        self._refusals.note_kept(delete, kept)
+        wait = self._refusals.note(write, refused, self._wanted)
+        if wait is not None:
+            retry = now() + wait
+            self._check_at = retry if self._check_at is None else min(self._check_at, retry)
         return True
 
     @property
@@ -350,7 +343,7 @@ class Reconciler:
 
     def _drop_outdated(self, refused: Sequence[Entry]) -> None:
         """What we wrote before, and the kernel does not let us replace, must not stay either."""
-        slots = {entry.slot for entry in refused if self._refused.get(entry) is None}
+        slots = {entry.slot for entry in refused if entry not in self._refusals}
         if not slots:
             return
         outdated = [
@@ -361,42 +354,6 @@ class Reconciler:
             and not item.is_written_as(self._wanted[item.entry.slot])
         ]
         self._socket().apply([], outdated)
-
-    def _note_refusals(self, tried: Sequence[Entry], refused: dict[Entry, Refusal]) -> None:
-        # Who watches the device mends it, and says so: said here only if the next try fails, too.
-        silent = [
-            e for e, why in refused.items() if why.number in _DEVICE_AWAY and e not in self._refused
-        ]
-        found = {entry: str(why) for entry, why in refused.items()} | dict.fromkeys(silent, "")
-        fresh = [e for e, why in found.items() if why and self._refused.get(e) != why]
-        recovered = [e for e in tried if e in self._refused and e not in refused]
-        for entry in recovered:
-            del self._refused[entry]
-        self._refused.update(found)
-        if self._refused:
-            self._refused = {
-                entry: why
-                for entry, why in self._refused.items()
-                if self._wanted.get(entry.slot) == entry
-            }
-        log_many(log, "Error adding %s", [f"{e}: {refused[e]}" for e in fresh], logging.ERROR)
-        if any(isinstance(e, Neighbour) and refused[e].number in _TABLE_FULL for e in fresh):
-            log.error(
-                "The kernel's neighbour table is full: set the sysctl"
-                " net.ipv4.neigh.default.gc_thresh3 to %d or more",
-                2 * sum(isinstance(entry, Neighbour) for entry in self._wanted.values()) + 1024,
-            )
-        self._log_recovered(recovered)
-        if self._refused:
-            self._patience = FIRST_CHECK_REFUSED if fresh or silent else self._patience * 2
-            retry = now() + min(self._patience, CHECK_REFUSED)
-            self._check_at = retry if self._check_at is None else min(self._check_at, retry)
-
-    @staticmethod
-    def _log_recovered(entries: Sequence[Entry]) -> None:
-        routes = [entry for entry in entries if isinstance(entry, Route)]
-        log_many(log, "Route recovered %s", [f"{route.dst} : {route.via}" for route in routes])
-        log_many(log, "Recovered %s", [str(e) for e in entries if not isinstance(e, Route)])
 
     def _socket(self) -> EntrySocket:
         """Return the socket for requests; events which these cause are no news."""
