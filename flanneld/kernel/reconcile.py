@@ -170,6 +170,9 @@ class Reconciler:
         if wanted is not None and found.in_slot:
             if event.deleted or not found.is_written_as(wanted):
                 self._touched[slot] = None
+            elif not isinstance(wanted, Route) and wanted not in self._refusals:
+                # Put right by who changed it. Beside a route another may stand, before it.
+                self._touched.pop(slot, None)
         elif not event.deleted and self._territory.holds(found):
             self._check_soon()
 

@@ -235,6 +235,45 @@ def test_what_cannot_be_deleted_is_said_once(
     assert f"Removed stale {stale}" in caplog.text
 
 
+@pytest.mark.parametrize("number", [0, 1], ids=["neighbour", "FDB entry"])
+@pytest.mark.parametrize("restored", [True, False])
+def test_what_somebody_changed_and_put_right_himself_is_left_alone(
+    number: int,
+    restored: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    clock: Clock,
+) -> None:
+    kernel = Kernel(9, 0)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    reconciler.set_all(entries(1), TERRITORY)
+    ours = entries(1)[number]
+    other = Neighbour(IPv4Address("10.5.0.0"), bytes([2, 0, 0, 0, 0, 9]), DEVICE)
+    changed = (other, FdbEntry(bytes([2, 0, 0, 0, 0, 0]), IPv4Address("10.97.0.9"), DEVICE))[number]
+    assert changed.slot == ours.slot
+    found = [(changed, False), (ours, False), (ours, True), (ours, False)]
+    for entry, deleted in found if restored else found[:3]:
+        kernel.events = [EntryEvent(Found(entry), deleted)]
+        reconciler.handle()
+    clock.time += 1.0
+    reconciler.work()
+    assert caplog.text.count("Recovered") == (0 if restored else 1)
+
+
+def test_a_route_is_written_again_as_others_may_stand_before_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    kernel = Kernel(9, 0)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    reconciler.set_all(entries(1), TERRITORY)
+    ours = entries(1)[2]
+    kernel.events = [EntryEvent(Found(ours, PROTOCOL), deleted) for deleted in (True, False)]
+    reconciler.handle()
+    clock.time += 1.0
+    reconciler.work()
+    assert caplog.text.count("Route recovered") == 1
+
+
 def test_of_many_refusals_a_few_are_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
 ) -> None:
