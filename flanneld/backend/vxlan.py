@@ -166,7 +166,8 @@ class VxlanLink:
 
     def entries(self, lease: Lease) -> tuple[Entry, ...]:
         """See `PeerDevice.entries`."""
-        return peer_entries(lease, self._device.index, self._device.underlay_index, self._on_link)
+        device, underlay, _ = self._made_for
+        return peer_entries(lease, device, underlay, self._on_link)
 
     def territory(self) -> Territory:
         """See `PeerDevice.territory`."""

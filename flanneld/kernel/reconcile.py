@@ -48,6 +48,9 @@ CHECK_FAILED = 1.0
 # never slower than half a second.
 FIRST_GAP, LONGEST_GAP, CALM = 0.02, 0.5, 5.0
 
+# Stands for every device in `Reconciler.hold`; no device has this index.
+ALL = -1
+
 # From so many entries on, routes are spread over scopes: below it costs the kernel next to nothing
 # (1,000 routes 15 ms), and the routes look like anybody's.
 SPREAD_FROM = 1000
@@ -112,7 +115,7 @@ class Reconciler:
         self._apply(put, [Found(entry, PROTOCOL) for entry in gone])
 
     def hold(self, device: int) -> None:
-        """Leave the entries of a device (its index) alone; 0: of none, no more.
+        """Leave the entries of a device (its index, or `ALL`) alone; 0: of none, no more.
 
         They stay as they are in the kernel, while all others are kept as wanted.
         """
@@ -201,7 +204,7 @@ class Reconciler:
             entries = [self._wanted[s] for s in self._touched if s in self._wanted]
         else:
             entries = [entry for s, entry in self._wanted.items() if s in self._touched]
-        entries = [entry for entry in entries if entry.oif != self._held]
+        entries = [entry for entry in entries if not self._is_held(entry)]
         self._touched.clear()
         self._slow_down(time)
         waiting = set(self._refusals)
@@ -233,7 +236,7 @@ class Reconciler:
         changes = difference(self._wanted, found, self._is_stale)
         missing = {entry.slot for entry in changes.write}
         if self._held:
-            changes = changes.without(self._held)
+            changes = changes.without(self._is_held)
         self._ours.update(self._wanted.keys() - missing)
         # Gone without a word, as with a link: who came meanwhile did not replace ours. What is
         # ours and only different, or was replaced under our eyes, may be replaced.
@@ -261,10 +264,13 @@ class Reconciler:
     def _is_stale(self, found: Found) -> bool:
         return self._territory.holds(found) and found not in self._spared
 
+    def _is_held(self, entry: Entry) -> bool:
+        return bool(self._held) and self._held in (ALL, entry.oif)
+
     def _find(self) -> list[Found]:
         """Return the entries to compare with; of others' routes only when there may be news."""
         requests, device = self._socket(), self._territory.device
-        if device == self._held:
+        if self._held in (device, ALL):
             device = 0  # it may not be there
         if self._look_wide:
             found = requests.routes(0)
@@ -280,8 +286,8 @@ class Reconciler:
     def _apply(self, write: Sequence[Entry], delete: Sequence[Found]) -> bool:
         """Write, then delete. Return False if the kernel could not be asked."""
         if self._held:
-            write = [entry for entry in write if entry.oif != self._held]
-            delete = [item for item in delete if item.entry.oif != self._held]
+            write = [entry for entry in write if not self._is_held(entry)]
+            delete = [item for item in delete if not self._is_held(item.entry)]
         try:
             refused, _ = self._socket().apply(write, [], self._may_replace, spread=self._has_many)
             taken = [entry for entry, why in refused.items() if why.number == errno.EEXIST]

@@ -154,11 +154,11 @@ class Difference:
     """To add, or to replace what stands in the slot; in the order given by what is wanted."""
     delete: tuple[Found, ...]
 
-    def without(self, oif: int) -> "Difference":
-        """Return what is left when the entries of one device are left alone."""
+    def without(self, is_held: Callable[[Entry], bool]) -> "Difference":
+        """Return what is left when some of the entries are left alone."""
         return Difference(
-            tuple(entry for entry in self.write if entry.oif != oif),
-            tuple(item for item in self.delete if item.entry.oif != oif),
+            tuple(entry for entry in self.write if not is_held(entry)),
+            tuple(item for item in self.delete if not is_held(item.entry)),
         )
 
 

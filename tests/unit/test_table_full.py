@@ -14,7 +14,7 @@ import pytest
 
 from flanneld.kernel import reconcile
 from flanneld.kernel.netlink import EntryEvent, KernelEvent, Overflow, Refusal
-from flanneld.kernel.reconcile import CALM, CHECK, Reconciler
+from flanneld.kernel.reconcile import ALL, CALM, CHECK, Reconciler
 from flanneld.kernel.refusals import CHECK_REFUSED
 from flanneld.kernel.state import PROTOCOL, Entry, FdbEntry, Found, Neighbour, Route, Territory
 
@@ -64,9 +64,9 @@ class Kernel:
 
     def routes(self, protocol: int) -> list[Found]:
         return [
-            Found(e, protocol)
+            Found(e, PROTOCOL)
             for e in self.entries.values()
-            if isinstance(e, Route) and protocol == PROTOCOL
+            if isinstance(e, Route) and protocol in (0, PROTOCOL)
         ]
 
     def neighbours(self, _oif: int) -> list[Found]:
@@ -329,4 +329,27 @@ def test_entries_of_a_device_that_is_held_are_left_alone_and_no_others(
     clock.time += 1.0
     reconciler.work()
     assert set(kernel.entries.values()) == {*wanted, *later}
+    assert "Error" not in caplog.text
+
+
+def test_while_everything_is_held_nothing_is_written_or_deleted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    kernel = Kernel(9, 0)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    direct = Route(IPv4Network("10.5.99.0/24"), IPv4Address("10.97.0.99"), 2)
+    before = [*entries(2), direct]
+    reconciler.set_all(before, TERRITORY)
+    reconciler.hold(ALL)
+    later = entries(3)[6:]
+    reconciler.update(later, [entry.slot for entry in [*before[:3], direct]])
+    kernel.events = [EntryEvent(Found(before[3]), True)]
+    reconciler.handle()
+    clock.time += CHECK
+    reconciler.work()
+    assert list(kernel.entries.values()) == before
+    reconciler.hold(0)
+    clock.time += 1.0
+    reconciler.work()
+    assert set(kernel.entries.values()) == {*before[3:6], *later}
     assert "Error" not in caplog.text
