@@ -1,5 +1,6 @@
-"""Who is at work here: each daemon shows itself, and holds a lock beside its subnet file."""
+"""Who is at work here: each daemon shows itself, claims its device, and locks its subnet file."""
 
+import errno
 import fcntl
 import os
 import re
@@ -9,11 +10,12 @@ from pathlib import Path
 # Abstract socket names belong to the network namespace, as the routes, devices and rules do. So a
 # daemon in a container with the host's network is seen, too, and none of another namespace.
 _PRESENCE = "flanneld/"
+_DEVICE = "flanneld/device/"
 _SOCKETS = Path("/proc/net/unix")
 
 
 class InUse(Exception):
-    """Another daemon holds the lock. ``pid`` is its process id, as far as it is known."""
+    """Another daemon has it. ``pid`` is its process id, as far as it is known."""
 
     def __init__(self, pid: str) -> None:
         super().__init__(pid)
@@ -53,9 +55,8 @@ def show_presence() -> None:
 
     Raises OSError.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # In another PID namespace the same number may be taken.
-    sock.bind(f"\0{_PRESENCE}{os.getpid()}/{os.urandom(8).hex()}")
+    sock = _bound(f"{_PRESENCE}{os.getpid()}/{os.urandom(8).hex()}")
     sock.detach()  # the kernel closes it with the process
 
 
@@ -66,3 +67,31 @@ def present() -> list[str]:
     except OSError:
         return []
     return re.findall(rf" @{_PRESENCE}(\d+)/[0-9a-f]+$", listed, re.MULTILINE)
+
+
+def claim(device: str) -> socket.socket:
+    """Claim a device of this network namespace; it is ours until the socket is closed.
+
+    The kernel closes it with the process, however it ends; other programs that this one starts do
+    not get it. Only daemons that claim their devices are seen. Raises InUse, and OSError.
+    """
+    try:
+        # Nobody connects to it: that a name is bound only once is all that counts.
+        return _bound(f"{_DEVICE}{device}")
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+    others = present()
+    if str(os.getpid()) in others:
+        others.remove(str(os.getpid()))
+    raise InUse(" or ".join(others) or "unknown")
+
+
+def _bound(name: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(f"\0{name}")
+    except BaseException:
+        sock.close()
+        raise
+    return sock

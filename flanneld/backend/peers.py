@@ -17,7 +17,7 @@ from flanneld.backend.device import Device, DeviceWatch, remove_former
 from flanneld.backend.feed import LeaseFeed, log_changes
 from flanneld.errors import DeviceError
 from flanneld.heartbeat import IDLE, Heartbeat, Pulse
-from flanneld.kernel.reconcile import Reconciler
+from flanneld.kernel.reconcile import ALL, Reconciler
 from flanneld.kernel.state import Entry, Found, Route, Slot, Territory, contains
 from flanneld.retry import Sparing
 from flanneld.subnet.config import Config
@@ -39,7 +39,8 @@ class PeerDevice(Device, Protocol):
     def entries(self, lease: Lease) -> tuple[Entry, ...]:
         """Return what a peer needs in the kernel, in the order in which it must be written.
 
-        A pure function of the lease and the device's indexes. Raises BadLease.
+        A pure function of the lease and the device's indexes, as of the last `ensure` that went
+        well. Raises BadLease.
         """
         ...
 
@@ -164,9 +165,15 @@ class PeerNetwork:
 
     def _may_work(self, reconciler: Reconciler) -> bool:
         """Tell whether entries may be written: all of them, or those of a device in order."""
-        waiting = self._device.waiting() if self._watch.trouble and self._placed else 0
+        waiting = self._hold(reconciler)
+        return waiting not in (0, ALL) or not self._watch.is_planned
+
+    def _hold(self, reconciler: Reconciler) -> int:
+        """Have the entries wait that need a device in trouble; return which, as for `hold`."""
+        in_trouble = self._watch.trouble and self._placed
+        waiting = self._device.waiting() or ALL if in_trouble else 0
         reconciler.hold(waiting)
-        return bool(waiting) or not self._watch.is_planned
+        return waiting
 
     def _take_batch(
         self, reconciler: Reconciler, batch: Sequence[LeaseEvent], complete: bool
@@ -176,6 +183,7 @@ class PeerNetwork:
             self._ensure_device()
         put, drop = self._changes(batch)
         if self._placed:
+            self._hold(reconciler)
             reconciler.update(put, drop)
         elif not self._watch.is_planned:
             self._set_all(reconciler)

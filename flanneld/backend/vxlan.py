@@ -8,13 +8,18 @@ MAC of the peer's device (its VTEP), and an FDB entry that gives the MAC the pee
 import hashlib
 import logging
 import re
+import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
+from flanneld import lock
 from flanneld.backend.mtu import inner_mtu, mtu_key
 from flanneld.backend.peers import PeerNetwork
+from flanneld.errors import DeviceError, Stopped
 from flanneld.interface import ExternalInterface
 from flanneld.kernel.netlink import AddressEvent, KernelEvent, LinkEvent
 from flanneld.kernel.state import Entry, FdbEntry, Neighbour, Route, Territory
@@ -37,6 +42,9 @@ TYPE = "vxlan"
 
 # A device's name has at most 15 characters, and "flannel." takes 8 of them.
 MAX_VNI = 9_999_999
+
+# Seconds for a former run to let go of the device, as it may have been killed a moment ago.
+PATIENCE, LOOK_EVERY = 2.0, 0.05
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 # As `encode_data` writes it; see `lease._USUAL`.
@@ -175,7 +183,8 @@ class VxlanLink:
 
     def entries(self, lease: Lease) -> tuple[Entry, ...]:
         """See `PeerDevice.entries`."""
-        return peer_entries(lease, self._device.index, self._device.underlay_index, self._on_link)
+        device, underlay, _ = self._made_for
+        return peer_entries(lease, device, underlay, self._on_link)
 
     def territory(self) -> Territory:
         """See `PeerDevice.territory`."""
@@ -205,22 +214,26 @@ class Vxlan:
         """See `Backend.register_network`."""
         keys, external = read_config(config), self._external
         log.info("VXLAN config: %s", keys)
-        mtu = inner_mtu(keys.mtu, external, OVERHEAD)
-        device = VxlanDevice(
-            VxlanSpec(
-                name=f"flannel.{keys.vni}",
-                vni=keys.vni,
-                underlay=external.name,
-                local=external.iface_addr,
-                port=keys.port or DEFAULT_PORT,
-                gbp=keys.gbp,
-                learning=keys.learning,
-                mtu=mtu,
-                mac=choose_mac(external.ext_addr, keys.vni),
-            )
+        spec = VxlanSpec(
+            name=f"flannel.{keys.vni}",
+            vni=keys.vni,
+            underlay=external.name,
+            local=external.iface_addr,
+            port=keys.port or DEFAULT_PORT,
+            gbp=keys.gbp,
+            learning=keys.learning,
+            mtu=inner_mtu(keys.mtu, external, OVERHEAD),
+            mac=choose_mac(external.ext_addr, keys.vni),
         )
+        with _claimed(spec.name, stop):
+            return self._join(config, keys, spec, stop)
+
+    def _join(
+        self, config: Config, keys: VxlanConfig, spec: VxlanSpec, stop: threading.Event
+    ) -> PeerNetwork:
+        device = VxlanDevice(spec)
         device.ensure()
-        attrs = LeaseAttrs(external.ext_addr, TYPE, encode_data(device.mac))
+        attrs = LeaseAttrs(self._external.ext_addr, TYPE, encode_data(device.mac))
         lease = self._manager.acquire_lease(config, attrs, stop)
         networks = (config.network, self._previous.network or config.network)
         link = VxlanLink(device, keys.direct_routing, lease, networks)
@@ -229,11 +242,50 @@ class Vxlan:
             manager=self._manager,
             config=config,
             lease=lease,
-            mtu=mtu,
+            mtu=spec.mtu,
             device=link,
             former_subnet=self._previous.subnet,
             neighbours=True,
         )
+
+
+@contextmanager
+def _claimed(name: str, stop: threading.Event) -> Iterator[None]:
+    """Be the device's only daemon: within, if that fails; else for as long as this process lives.
+
+    Raises DeviceError, and Stopped.
+    """
+    claim = _claim(name, stop)
+    try:
+        yield
+    except BaseException:  # the next try may be with another device
+        if claim is not None:
+            claim.close()
+        raise
+    if claim is not None:
+        claim.detach()  # the kernel closes it with the process
+
+
+def _claim(name: str, stop: threading.Event) -> socket.socket | None:
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return lock.claim(name)
+        except lock.InUse as error:
+            if time.monotonic() >= end:
+                raise DeviceError(
+                    f"{name} belongs to another flanneld on this host (process {error.pid}):"
+                    " set another VNI in the network config, or stop the other daemon"
+                ) from None
+        except OSError as error:
+            log.warning(
+                "%s cannot be claimed (%s): another flanneld on this host with the same VNI would"
+                " take it, too",
+                *(name, error.strerror),
+            )
+            return None
+        if stop.wait(LOOK_EVERY):
+            raise Stopped
 
 
 def _go(value: bool) -> str:

@@ -23,13 +23,13 @@ from flanneld.kernel.netlink import (
     Overflow,
     Refusal,
 )
+from flanneld.kernel.refusals import Refusals, log_recovered
 from flanneld.kernel.spared import Spared
 from flanneld.kernel.state import (
     PROTOCOL,
     PROTOCOL_BOOT,
     Entry,
     Found,
-    Neighbour,
     Route,
     Slot,
     Territory,
@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 
 # Seconds between comparisons when nothing happens: a net below the events, which suffice.
 CHECK = 60.0
-# The same while the kernel refuses entries: soon at first, then at the original's interval.
-FIRST_CHECK_REFUSED, CHECK_REFUSED = 1.0, 10.0
 # Seconds until the kernel is asked again after a request failed as a whole.
 CHECK_FAILED = 1.0
 
@@ -50,15 +48,12 @@ CHECK_FAILED = 1.0
 # never slower than half a second.
 FIRST_GAP, LONGEST_GAP, CALM = 0.02, 0.5, 5.0
 
+# Stands for every device in `Reconciler.hold`; no device has this index.
+ALL = -1
+
 # From so many entries on, routes are spread over scopes: below it costs the kernel next to nothing
 # (1,000 routes 15 ms), and the routes look like anybody's.
 SPREAD_FROM = 1000
-
-# The device is gone or down. The kernel may say so before it reports the event.
-_DEVICE_AWAY = frozenset({errno.ENODEV, errno.ENETDOWN})
-
-# "neighbour table overflow", in the words of errno.
-_TABLE_FULL = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
 
 
 class Reconciler:
@@ -74,7 +69,7 @@ class Reconciler:
         # The slots in which something of ours stands, as far as we know.
         self._ours: set[Slot] = set()
         self._touched: dict[Slot, None] = {}
-        self._refused: dict[Entry, str] = {}
+        self._refusals = Refusals()
         # The monitor first: what happens during the first comparison is seen by one of them.
         self._monitor = Monitor(neighbours=neighbours)
         self._requests: EntrySocket | None = None
@@ -83,9 +78,7 @@ class Reconciler:
         self._repaired_at = now() - CALM
         self._trouble = ""
         self._look_wide = True
-        self._kept: frozenset[Found] = frozenset()
         self._spared = Spared()
-        self._patience = 0.0
         self._held = 0
         self._overflowed_at = now() - CALM
         self.in_step = False
@@ -122,7 +115,7 @@ class Reconciler:
         self._apply(put, [Found(entry, PROTOCOL) for entry in gone])
 
     def hold(self, device: int) -> None:
-        """Leave the entries of a device (its index) alone; 0: of none, no more.
+        """Leave the entries of a device (its index, or `ALL`) alone; 0: of none, no more.
 
         They stay as they are in the kernel, while all others are kept as wanted.
         """
@@ -165,7 +158,7 @@ class Reconciler:
     def summary(self) -> str:
         """Return the state in a few words, for the log."""
         state = self._trouble or ("in step" if self.in_step else "not compared yet")
-        return f"{len(self._wanted)} kernel entries, {len(self._refused)} refused, {state}"
+        return f"{len(self._wanted)} kernel entries, {len(self._refusals)} refused, {state}"
 
     def close(self) -> None:
         """Close the sockets; the entries stay."""
@@ -176,9 +169,13 @@ class Reconciler:
     def _entry_event(self, event: EntryEvent) -> None:
         found = event.found
         slot = found.entry.slot
-        if slot in self._wanted and found.in_slot:
-            if event.deleted or not found.is_written_as(self._wanted[slot]):
+        wanted = self._wanted.get(slot)
+        if wanted is not None and found.in_slot:
+            if event.deleted or not found.is_written_as(wanted):
                 self._touched[slot] = None
+            elif not isinstance(wanted, Route) and wanted not in self._refusals:
+                # Put right by who changed it. Beside a route another may stand, before it.
+                self._touched.pop(slot, None)
         elif not event.deleted and self._territory.holds(found):
             self._check_soon()
 
@@ -195,7 +192,7 @@ class Reconciler:
             self._check_soon()
         else:
             # An address or a device of somebody else may be what a refused route waits for.
-            self._touched.update((entry.slot, None) for entry in self._refused)
+            self._touched.update((entry.slot, None) for entry in self._refusals)
 
     def _check_soon(self) -> None:
         wait = max(self._repaired_at + self._gap, now())
@@ -207,13 +204,13 @@ class Reconciler:
             entries = [self._wanted[s] for s in self._touched if s in self._wanted]
         else:
             entries = [entry for s, entry in self._wanted.items() if s in self._touched]
-        entries = [entry for entry in entries if entry.oif != self._held]
+        entries = [entry for entry in entries if not self._is_held(entry)]
         self._touched.clear()
         self._slow_down(time)
-        waiting = set(self._refused)
+        waiting = set(self._refusals)
         if self._apply(entries, []):
-            known = waiting | set(self._refused)
-            self._log_recovered([entry for entry in entries if entry not in known])
+            known = waiting.union(self._refusals)
+            log_recovered(entry for entry in entries if entry not in known)
 
     def _slow_down(self, time: float) -> None:
         calm = time - self._repaired_at >= CALM
@@ -239,13 +236,14 @@ class Reconciler:
         changes = difference(self._wanted, found, self._is_stale)
         missing = {entry.slot for entry in changes.write}
         if self._held:
-            changes = changes.without(self._held)
+            changes = changes.without(self._is_held)
         self._ours.update(self._wanted.keys() - missing)
         # Gone without a word, as with a link: who came meanwhile did not replace ours. What is
         # ours and only different, or was replaced under our eyes, may be replaced.
         standing = {item.entry.slot for item in found if item.in_slot and item.may_be_replaced}
         self._ours -= missing - standing
-        tried_before = set(self._refused)
+        tried_before = set(self._refusals)
+        self._refusals.note_present(missing)
         if changes.write or changes.delete:
             self._slow_down(now())
         if not self._apply(changes.write, changes.delete):
@@ -256,20 +254,23 @@ class Reconciler:
         log_many(
             log,
             "Removed stale %s",
-            [str(item.entry) for item in changes.delete if item not in self._kept],
+            [str(item.entry) for item in changes.delete if not self._refusals.is_kept(item)],
         )
         if self.in_step:
-            known = tried_before | set(self._refused)
-            self._log_recovered([entry for entry in changes.write if entry not in known])
+            known = tried_before.union(self._refusals)
+            log_recovered(entry for entry in changes.write if entry not in known)
         self.in_step = True
 
     def _is_stale(self, found: Found) -> bool:
         return self._territory.holds(found) and found not in self._spared
 
+    def _is_held(self, entry: Entry) -> bool:
+        return bool(self._held) and self._held in (ALL, entry.oif)
+
     def _find(self) -> list[Found]:
         """Return the entries to compare with; of others' routes only when there may be news."""
         requests, device = self._socket(), self._territory.device
-        if device == self._held:
+        if self._held in (device, ALL):
             device = 0  # it may not be there
         if self._look_wide:
             found = requests.routes(0)
@@ -285,8 +286,8 @@ class Reconciler:
     def _apply(self, write: Sequence[Entry], delete: Sequence[Found]) -> bool:
         """Write, then delete. Return False if the kernel could not be asked."""
         if self._held:
-            write = [entry for entry in write if entry.oif != self._held]
-            delete = [item for item in delete if item.entry.oif != self._held]
+            write = [entry for entry in write if not self._is_held(entry)]
+            delete = [item for item in delete if not self._is_held(item.entry)]
         try:
             refused, _ = self._socket().apply(write, [], self._may_replace, spread=self._has_many)
             taken = [entry for entry, why in refused.items() if why.number == errno.EEXIST]
@@ -302,10 +303,11 @@ class Reconciler:
         except OSError as error:
             self._failed(error)
             return False
-        self._kept = frozenset(kept)
-        for item, why in kept.items():
-            log.error("Error deleting %s: %s", item.entry, why)
-        self._note_refusals(write, refused)
+        self._refusals.note_kept(delete, kept)
+        wait = self._refusals.note(write, refused, self._wanted)
+        if wait is not None:
+            retry = now() + wait
+            self._check_at = retry if self._check_at is None else min(self._check_at, retry)
         return True
 
     @property
@@ -350,7 +352,7 @@ class Reconciler:
 
     def _drop_outdated(self, refused: Sequence[Entry]) -> None:
         """What we wrote before, and the kernel does not let us replace, must not stay either."""
-        slots = {entry.slot for entry in refused if self._refused.get(entry) is None}
+        slots = {entry.slot for entry in refused if entry not in self._refusals}
         if not slots:
             return
         outdated = [
@@ -361,42 +363,6 @@ class Reconciler:
             and not item.is_written_as(self._wanted[item.entry.slot])
         ]
         self._socket().apply([], outdated)
-
-    def _note_refusals(self, tried: Sequence[Entry], refused: dict[Entry, Refusal]) -> None:
-        # Who watches the device mends it, and says so: said here only if the next try fails, too.
-        silent = [
-            e for e, why in refused.items() if why.number in _DEVICE_AWAY and e not in self._refused
-        ]
-        found = {entry: str(why) for entry, why in refused.items()} | dict.fromkeys(silent, "")
-        fresh = [e for e, why in found.items() if why and self._refused.get(e) != why]
-        recovered = [e for e in tried if e in self._refused and e not in refused]
-        for entry in recovered:
-            del self._refused[entry]
-        self._refused.update(found)
-        if self._refused:
-            self._refused = {
-                entry: why
-                for entry, why in self._refused.items()
-                if self._wanted.get(entry.slot) == entry
-            }
-        log_many(log, "Error adding %s", [f"{e}: {refused[e]}" for e in fresh], logging.ERROR)
-        if any(isinstance(e, Neighbour) and refused[e].number in _TABLE_FULL for e in fresh):
-            log.error(
-                "The kernel's neighbour table is full: set the sysctl"
-                " net.ipv4.neigh.default.gc_thresh3 to %d or more",
-                2 * sum(isinstance(entry, Neighbour) for entry in self._wanted.values()) + 1024,
-            )
-        self._log_recovered(recovered)
-        if self._refused:
-            self._patience = FIRST_CHECK_REFUSED if fresh or silent else self._patience * 2
-            retry = now() + min(self._patience, CHECK_REFUSED)
-            self._check_at = retry if self._check_at is None else min(self._check_at, retry)
-
-    @staticmethod
-    def _log_recovered(entries: Sequence[Entry]) -> None:
-        routes = [entry for entry in entries if isinstance(entry, Route)]
-        log_many(log, "Route recovered %s", [f"{route.dst} : {route.via}" for route in routes])
-        log_many(log, "Recovered %s", [str(e) for e in entries if not isinstance(e, Route)])
 
     def _socket(self) -> EntrySocket:
         """Return the socket for requests; events which these cause are no news."""

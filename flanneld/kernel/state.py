@@ -97,6 +97,9 @@ class Found:
     neighbour or FDB entry is permanent, and leads to no port or network of its own."""
     permanent: bool = True
     """Of a neighbour or FDB entry: the kernel does not forget it by itself."""
+    elsewhere: bytes = b""
+    """Of an FDB entry that leads to a port, network or device of its own: these, as the netlink
+    attributes by which the kernel tells it from others of its MAC."""
 
     @property
     def in_slot(self) -> bool:
@@ -151,11 +154,11 @@ class Difference:
     """To add, or to replace what stands in the slot; in the order given by what is wanted."""
     delete: tuple[Found, ...]
 
-    def without(self, oif: int) -> "Difference":
-        """Return what is left when the entries of one device are left alone."""
+    def without(self, is_held: Callable[[Entry], bool]) -> "Difference":
+        """Return what is left when some of the entries are left alone."""
         return Difference(
-            tuple(entry for entry in self.write if entry.oif != oif),
-            tuple(item for item in self.delete if item.entry.oif != oif),
+            tuple(entry for entry in self.write if not is_held(entry)),
+            tuple(item for item in self.delete if not is_held(item.entry)),
         )
 
 

@@ -26,8 +26,9 @@ NLM_F_ACK_TLVS = 0x200
 
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_CACHEINFO, RTA_TABLE = 1, 4, 5, 6, 12, 15
 NDA_DST, NDA_LLADDR, NDA_PORT, NDA_VNI, NDA_IFINDEX, NDA_NH_ID = 1, 2, 6, 7, 8, 13
-# What an FDB entry has only if it leads elsewhere than the device itself does.
-_ELSEWHERE = frozenset({NDA_PORT, NDA_VNI, NDA_IFINDEX, NDA_NH_ID})
+# What an FDB entry has only if it leads elsewhere than the device itself does. Without them the
+# kernel does not find it to delete it (`vxlan_fdb_find_rdst`).
+_ELSEWHERE = frozenset({NDA_PORT, NDA_VNI, NDA_IFINDEX})
 IFLA_IFNAME = 3
 IFF_UP = 1
 NLMSGERR_ATTR_MSG = 1
@@ -113,7 +114,7 @@ def pack_delete(seq: int, found: Found) -> bytes:
     """Return the message that deletes exactly the entry found, and no other of its slot."""
     entry = found.entry
     if not isinstance(entry, Route):
-        return _pack_neighbour(RTM_DELNEIGH, NLM_F_REQUEST, seq, entry)
+        return _pack_neighbour(RTM_DELNEIGH, NLM_F_REQUEST, seq, entry, found.elsewhere)
     attributes = _ADDRESS_ATTRIBUTE.pack(8, RTA_DST, entry.dst.network_address.packed)
     if int(entry.via):
         attributes += _ADDRESS_ATTRIBUTE.pack(8, RTA_GATEWAY, entry.via.packed)
@@ -129,17 +130,20 @@ def pack_delete(seq: int, found: Found) -> bytes:
     return HEADER.pack(size, RTM_DELROUTE, NLM_F_REQUEST, seq, 0) + body + attributes
 
 
-def _pack_neighbour(kind: int, flags: int, seq: int, entry: Neighbour | FdbEntry) -> bytes:
+def _pack_neighbour(
+    kind: int, flags: int, seq: int, entry: Neighbour | FdbEntry, more: bytes = b""
+) -> bytes:
     if isinstance(entry, Neighbour):
         family, own, address = int(socket.AF_INET), 0, entry.ip
     else:
         family, own, address = AF_BRIDGE, NTF_SELF, entry.dst
-    return _NEIGHBOUR.pack(
-        *(_NEIGHBOUR.size, kind, flags, seq, 0),
+    message = _NEIGHBOUR.pack(
+        *(_NEIGHBOUR.size + len(more), kind, flags, seq, 0),
         *(family, entry.oif, NUD_PERMANENT, own, 0),
         *(8, NDA_DST, address.packed),
         *(10, NDA_LLADDR, entry.mac),
     )
+    return message + more
 
 
 def split_messages(data: bytes) -> Iterator[tuple[int, int, int, int, int, int]]:
@@ -199,22 +203,26 @@ def parse_neighbour(data: bytes, offset: int, end: int) -> Found | None:
     if end - offset < _NDMSG.size:
         return None
     family, oif, state, flags, _ = _NDMSG.unpack_from(data, offset)
-    address = mac = b""
-    elsewhere = False
+    address = mac = elsewhere = b""
+    grouped = False
     for attribute, start, size in split_attributes(data, offset + _NDMSG.size, end):
         if attribute == NDA_DST and size == 4:
             address = data[start : start + 4]
         elif attribute == NDA_LLADDR and size == 6:
             mac = data[start : start + 6]
         elif attribute in _ELSEWHERE:
-            elsewhere = True
+            elsewhere += _ATTRIBUTE.pack(size + 4, attribute)
+            elsewhere += data[start : start + size] + bytes(-size % 4)
+        elif attribute == NDA_NH_ID:
+            grouped = True
     permanent = bool(state & NUD_PERMANENT)
     if family == socket.AF_INET and address:
         neighbour = Neighbour(IPv4Address(address), mac or bytes(6), oif)
         return Found(neighbour, plain=permanent, permanent=permanent)
     if family == AF_BRIDGE and mac and flags & NTF_SELF:
         entry = FdbEntry(mac, IPv4Address(address or 0), oif)
-        return Found(entry, plain=permanent and not elsewhere, permanent=permanent)
+        plain = permanent and not elsewhere and not grouped
+        return Found(entry, plain=plain, permanent=permanent, elsewhere=elsewhere)
     return None
 
 

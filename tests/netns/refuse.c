@@ -7,6 +7,7 @@
  *   send N      sending fails with errno N
  *   answer N    every request that changes something is answered with errno N; to that end the kernel
  *               gets a message of a type that it does not know, and its EOPNOTSUPP becomes N
+ *   address N   the same, but only requests for a new address
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -62,13 +63,19 @@ static int capable(int yes)
 	return syscall(SYS_capset, &head, data);
 }
 
-static void spoil(char *data, size_t size)
+static int is_answered(const char *word)
+{
+	return !strcmp(word, "answer") || !strcmp(word, "address");
+}
+
+static void spoil(char *data, size_t size, int addresses_only)
 {
 	struct nlmsghdr *head = (struct nlmsghdr *)data;
 
 	for (int left = size; NLMSG_OK(head, left); head = NLMSG_NEXT(head, left))
 		/* NEW, DEL, GET, SET: in this order from 16 on */
-		if (head->nlmsg_type >= RTM_NEWLINK && head->nlmsg_type % 4 != 2)
+		if (addresses_only ? head->nlmsg_type == RTM_NEWADDR
+				   : head->nlmsg_type >= RTM_NEWLINK && head->nlmsg_type % 4 != 2)
 			head->nlmsg_type = UNKNOWN;
 }
 
@@ -90,13 +97,13 @@ ssize_t sendto(int fd, const void *data, size_t size, int flags, const struct so
 		errno = number;
 		return -1;
 	}
-	answer = !strcmp(word, "answer");
+	answer = is_answered(word);
 	if (strcmp(word, "caps") && !answer)
 		return real(fd, data, size, flags, to, length);
 	copy = malloc(size);
 	memcpy(copy, data, size);
 	if (answer)
-		spoil(copy, size);
+		spoil(copy, size, !strcmp(word, "address"));
 	else
 		capable(0);
 	sent = real(fd, copy, size, flags, to, length);
@@ -128,7 +135,7 @@ ssize_t recvfrom(int fd, void *data, size_t size, int flags, struct sockaddr *fr
 	if (got <= 0 || !is_netlink(fd))
 		return got;
 	order(word, &number);
-	if (strcmp(word, "answer"))
+	if (!is_answered(word))
 		return got;
 	for (int left = got; NLMSG_OK(head, left); head = NLMSG_NEXT(head, left)) {
 		struct nlmsgerr *error = NLMSG_DATA(head);

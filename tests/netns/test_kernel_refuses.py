@@ -67,14 +67,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Refused:
-    """A daemon whose kernel says no on command."""
+    """A daemon whose kernel says no on command, for this reason."""
 
-    def __init__(self, host: Host, library: Path, order: str) -> None:
+    def __init__(self, host: Host, library: Path, order: str, reason: str) -> None:
         self._order, self._file = order, host.lab.scratch_file(f"{host.label}-refuse")
         self._file.touch()
         preload = (f"LD_PRELOAD={library}", f"FLANNEL_REFUSE={self._file}")
         self.daemon = Flanneld(host, program=("env", *preload, *FLANNELD)).start()
-        self.reason = ORDERS[order]
+        self.reason = reason
 
     def begin(self) -> None:
         self._file.write_text(self._order)
@@ -87,8 +87,8 @@ def refused_hosts(make_lab: MakeLab, library: Path, **keys: object) -> tuple[Lab
     """A running network with a host for each kind of refusal, nothing refused yet."""
     lab = make_lab(len(ORDERS))
     put_config(lab, Backend=keys)
-    hosts = zip(lab.hosts, ORDERS, strict=True)
-    made = [Refused(host, library, order) for host, order in hosts]
+    hosts = zip(lab.hosts, ORDERS.items(), strict=True)
+    made = [Refused(host, library, *order) for host, order in hosts]
     for each in made:
         each.daemon.wait_ready(2 * PATIENCE)
     return lab, made
@@ -150,6 +150,31 @@ def test_a_device_that_the_kernel_does_not_make(make_lab: MakeLab, library: Path
         daemon.wait_log("The device flannel.1 is in order again")
     source, target = (host.containers[0] for host in lab.hosts[:2])
     eventually(lambda: source.ping(target.address).lost == 0, PATIENCE, "an answer to a ping")
+
+
+def test_a_new_device_that_is_not_in_order_yet_gets_no_entries(
+    make_lab: MakeLab, library: Path
+) -> None:
+    """It was made anew and is up, but does not get its address; meanwhile a peer comes."""
+    lab = make_lab(2)
+    put_keys(lab)
+    host, order = lab.hosts[0], f"address {errno.ENOBUFS}"
+    refused = Refused(host, library, order, "no buffer space available")
+    daemons = [refused.daemon, *start(lab.hosts[1])]
+    wait_entries(host, vxlan_mesh(daemons, host))
+    refused.begin()
+    host.ip("link del flannel.1")
+    refused.daemon.wait_log("cannot set the address of flannel.1: no buffer space", PATIENCE)
+    with client_of(lab) as client:
+        put_peer(client, PEER, PEER_IP, PEER_MAC)
+    refused.daemon.wait_log(f"Subnet added: {PEER}", PATIENCE)
+    time.sleep(A_WHILE)
+    assert "UP" in the_link(host)["flags"]
+    assert entries(host) == []
+    refused.end()
+    wait_entries(host, vxlan_mesh(daemons, host, (PEER, PEER_IP, PEER_MAC)))
+    refused.daemon.wait_log("The device flannel.1 is in order again")
+    assert "Error adding" not in refused.daemon.log()
 
 
 @pytest.mark.parametrize("command", ["link del flannel0", "route del 10.5.0.0/16"])

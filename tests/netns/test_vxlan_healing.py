@@ -26,6 +26,7 @@ from overlay import (
 
 from lab import Flanneld, Host, Lab, eventually
 from lab.namespaces import UNDERLAY
+from lab.process import freeze, thaw
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,14 @@ def _renamed(host: Host) -> bool:
         ["neigh add 10.5.250.0 dev flannel.1 lladdr 02:00:00:00:00:99 nud permanent"],
         ["bridge fdb add 02:00:00:00:00:99 dev flannel.1 dst 10.97.0.99"],
         ["bridge fdb append 00:00:00:00:00:00 dev flannel.1 dst 10.97.0.99"],
+        ["bridge fdb append 02:00:00:00:00:99 dev flannel.1 dst 10.97.0.99 port 4790 vni 7"],
+        ["bridge fdb replace {mac} dev flannel.1 dst 10.97.0.99 port 4790 vni 7"],
+        [
+            "bridge fdb append 00:00:00:00:00:00 dev flannel.1 dst 10.97.0.99 port 4790",
+            "bridge fdb append 00:00:00:00:00:00 dev flannel.1 dst 10.97.0.99 vni 7",
+            "bridge fdb append 00:00:00:00:00:00 dev flannel.1 dst 10.97.0.99 via eth0",
+            "bridge fdb append 00:00:00:00:00:00 dev flannel.1 dst 10.97.0.99",
+        ],
         ["route add 10.5.250.0/24 dev flannel.1"],
         ["route add 10.5.250.0/24 via 10.5.250.0 dev flannel.1 onlink proto 102"],
     ],
@@ -192,6 +201,29 @@ def test_an_entry_spoilt_by_hand_is_put_right(pair: Lab, commands: list[str]) ->
         spoil(one, commands, **values)
         wait_entries(one, wanted, timeout=SOON)
     assert problems(daemon, since) == []
+
+
+def test_what_somebody_changed_and_put_right_himself_is_no_repair(pair: Lab) -> None:
+    one, two = pair.hosts
+    daemon, peer = pair.daemons
+    gateway, mac = peer.subnet().network_address, mac_of(two)
+    spoilt, since = "02:00:00:00:00:99", len(daemon.log())
+    freeze(daemon.pid)
+    try:
+        for each in (spoilt, mac):
+            one.ip(f"neigh replace {gateway} dev flannel.1 lladdr {each} nud permanent")
+        for each in ("10.97.0.99", str(two.address)):
+            one.run(["bridge", "fdb", "replace", mac, "dev", "flannel.1", "dst", each])
+        # Read after them, and mended.
+        one.ip(f"route del {peer.subnet()}")
+    finally:
+        thaw(daemon.pid)
+    wait_entries(one, mesh(pair.daemons, one), timeout=SOON)
+    eventually(lambda: "Route recovered" in daemon.log()[since:], SOON, "a line in the log")
+    # A later repair comes with its line; with it any of the first one has been written.
+    one.ip(f"route del {peer.subnet()}")
+    eventually(lambda: daemon.log()[since:].count("Route recovered") == 2, SOON, "another line")
+    assert "Recovered" not in daemon.log()[since:]
 
 
 def test_what_the_kernel_and_others_have_on_the_device_is_left_alone(make_lab: MakeLab) -> None:

@@ -17,6 +17,7 @@ from flanneld.backend.peers import PeerNetwork
 from flanneld.backend.vxlan import VxlanLink, peer_entries
 from flanneld.errors import DeviceError
 from flanneld.kernel.netlink import KernelEvent, LinkEvent
+from flanneld.kernel.reconcile import ALL
 from flanneld.kernel.state import Entry, Slot, Territory
 from flanneld.kernel.vxlan import VxlanDevice, VxlanSpec
 from flanneld.kernel.wire import Link
@@ -91,6 +92,8 @@ class Kernel:
         self.events: queue.SimpleQueue[list[KernelEvent]] = queue.SimpleQueue()
         self.in_step = False
         self.worked = self.held = 0
+        self.written: list[Entry] = []
+        """What went into the kernel at once; the rest is held."""
         self.overdue = False
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
 
@@ -113,6 +116,7 @@ class Kernel:
         for slot in drop:
             self.wanted.pop(slot, None)
         self.wanted.update((entry.slot, entry) for entry in put)
+        self.written += [entry for entry in put if self.held not in (ALL, entry.oif)]
 
     def due(self) -> float | None:
         return 0.0 if self.overdue else None
@@ -275,8 +279,26 @@ def test_what_needs_only_the_external_interface_is_kept_while_the_device_is_in_t
     net.kernel.tell([])
     net.wait(lambda: net.kernel.worked > worked, "the reconciler's work")
     assert net.kernel.held == net.device.index
+    net.batch(added(lease(2, MAC_B)))
+    net.wait_peers(lease(1), lease(2, MAC_B))
+    assert net.kernel.written == []
     net.device.trouble = ""
     net.wait(lambda: net.kernel.held == 0, "its entries to be held no longer")
+
+
+def test_without_the_external_interface_the_entries_of_new_peers_wait_too(net: Running) -> None:
+    net.batch(added(lease(1)))
+    assert net.ready.wait(5)
+    net.device.trouble = "cannot set up flannel.1: there is no eth0"
+    net.kernel.tell(TOUCHED)
+    net.wait(lambda: net.kernel.held == ALL, "everything to be held")
+    net.batch(added(lease(2, MAC_B)))
+    net.wait_peers(lease(1), lease(2, MAC_B))
+    assert net.kernel.written == []
+    net.device.trouble = ""
+    net.wait(lambda: net.kernel.held == 0, "nothing to be held")
+    net.batch(added(lease(3, "02:00:00:00:00:0c")))
+    net.wait(lambda: len(net.kernel.written) == 3, "the next one's entries")
 
 
 @pytest.mark.parametrize("overdue", [False, True])
@@ -308,7 +330,7 @@ class Flaky(VxlanDevice):
         self.refuses = False
 
     def ensure(self) -> None:
-        self.underlay_index = 2
+        self.underlay_index, self.has_underlay = 2, True
 
     def ensure_address(self, *_: object) -> None:
         if self.refuses:
@@ -324,9 +346,12 @@ def test_entries_are_made_anew_also_when_the_new_device_first_gave_trouble() -> 
     device.index, device.refuses = 4, True
     with pytest.raises(DeviceError):
         link.ensure()
+    # Until it is in order they are made for the one before, whose entries wait.
+    assert {entry.oif for entry in link.entries(lease(2))} == {3} == {link.waiting()}
     device.refuses = False
     assert link.ensure()
     assert not link.ensure()
+    assert {entry.oif for entry in link.entries(lease(2))} == {4}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from flanneld.kernel import reconcile
-from flanneld.kernel.netlink import KernelEvent, Overflow, Refusal
-from flanneld.kernel.reconcile import CALM, CHECK_REFUSED, Reconciler
+from flanneld.kernel.netlink import EntryEvent, KernelEvent, Overflow, Refusal
+from flanneld.kernel.reconcile import ALL, CALM, CHECK, Reconciler
+from flanneld.kernel.refusals import CHECK_REFUSED
 from flanneld.kernel.state import PROTOCOL, Entry, FdbEntry, Found, Neighbour, Route, Territory
 
 DEVICE = 7
@@ -30,6 +31,8 @@ class Kernel:
         self.room = room
         self.number = number
         self.entries: dict[object, Entry] = {}
+        self.keeps = ""
+        """Why it does not delete anything."""
         self.events: list[KernelEvent] = []
 
     def ignore(self, _port: int) -> None:
@@ -42,7 +45,7 @@ class Kernel:
     def apply(
         self,
         write: Sequence[Entry],
-        _delete: Sequence[Found],
+        delete: Sequence[Found],
         _may_replace: Callable[[Entry], bool] = lambda _: True,
         **_options: bool,
     ) -> tuple[dict[Entry, Refusal], dict[Found, Refusal]]:
@@ -53,13 +56,17 @@ class Kernel:
                 refused[entry] = Refusal(self.number, os.strerror(self.number).lower())
             else:
                 self.entries[entry.slot] = entry
+        if self.keeps:
+            return refused, {item: Refusal(errno.EADDRNOTAVAIL, self.keeps) for item in delete}
+        for item in delete:
+            self.entries.pop(item.entry.slot, None)
         return refused, {}
 
     def routes(self, protocol: int) -> list[Found]:
         return [
-            Found(e, protocol)
+            Found(e, PROTOCOL)
             for e in self.entries.values()
-            if isinstance(e, Route) and protocol == PROTOCOL
+            if isinstance(e, Route) and protocol in (0, PROTOCOL)
         ]
 
     def neighbours(self, _oif: int) -> list[Found]:
@@ -183,6 +190,90 @@ def test_a_device_that_is_away_is_said_when_it_stays_away(
     assert caplog.text.count("Recovered neighbour 10.5.0.0") == 1
 
 
+def test_what_is_in_place_by_somebody_elses_hand_is_refused_no_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    kernel = Kernel(1, errno.ENOBUFS)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    wanted = entries(2)
+    reconciler.set_all(wanted, TERRITORY)
+    assert "1 refused" in reconciler.summary()
+    kernel.entries |= {entry.slot: entry for entry in wanted}
+    kernel.events = [EntryEvent(Found(entry), False) for entry in wanted[3:4]]
+    reconciler.handle()
+    clock.time += CHECK_REFUSED
+    reconciler.work()
+    assert "0 refused" in reconciler.summary()
+    assert reconciler.due() == CHECK
+    assert caplog.text.count("Recovered neighbour 10.5.1.0") == 1
+
+
+def test_what_cannot_be_deleted_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    """As an FDB entry that leads through a device which is gone."""
+    kernel = Kernel(9, 0)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    reconciler.set_all(entries(2), TERRITORY)
+    stale = FdbEntry(bytes([2, 0, 0, 0, 0, 99]), IPv4Address("10.97.0.99"), DEVICE)
+    kernel.entries[stale.slot] = stale
+    kernel.keeps = "cannot assign requested address"
+    for _ in range(3):
+        clock.time += CHECK
+        reconciler.work()
+        # What else there is to do meanwhile is no reason to repeat it.
+        kernel.events = [EntryEvent(Found(entries(1)[0]), True)]
+        reconciler.handle()
+        clock.time += 1.0
+        reconciler.work()
+    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert errors == [f"Error deleting {stale}: cannot assign requested address"]
+    assert "Removed stale" not in caplog.text
+    kernel.keeps = ""
+    clock.time += CHECK
+    reconciler.work()
+    assert f"Removed stale {stale}" in caplog.text
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["neighbour", "FDB entry"])
+@pytest.mark.parametrize("restored", [True, False])
+def test_what_somebody_changed_and_put_right_himself_is_left_alone(
+    number: int,
+    restored: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    clock: Clock,
+) -> None:
+    kernel = Kernel(9, 0)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    reconciler.set_all(entries(1), TERRITORY)
+    ours = entries(1)[number]
+    other = Neighbour(IPv4Address("10.5.0.0"), bytes([2, 0, 0, 0, 0, 9]), DEVICE)
+    changed = (other, FdbEntry(bytes([2, 0, 0, 0, 0, 0]), IPv4Address("10.97.0.9"), DEVICE))[number]
+    assert changed.slot == ours.slot
+    found = [(changed, False), (ours, False), (ours, True), (ours, False)]
+    for entry, deleted in found if restored else found[:3]:
+        kernel.events = [EntryEvent(Found(entry), deleted)]
+        reconciler.handle()
+    clock.time += 1.0
+    reconciler.work()
+    assert caplog.text.count("Recovered") == (0 if restored else 1)
+
+
+def test_a_route_is_written_again_as_others_may_stand_before_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    kernel = Kernel(9, 0)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    reconciler.set_all(entries(1), TERRITORY)
+    ours = entries(1)[2]
+    kernel.events = [EntryEvent(Found(ours, PROTOCOL), deleted) for deleted in (True, False)]
+    reconciler.handle()
+    clock.time += 1.0
+    reconciler.work()
+    assert caplog.text.count("Route recovered") == 1
+
+
 def test_of_many_refusals_a_few_are_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
 ) -> None:
@@ -238,4 +329,27 @@ def test_entries_of_a_device_that_is_held_are_left_alone_and_no_others(
     clock.time += 1.0
     reconciler.work()
     assert set(kernel.entries.values()) == {*wanted, *later}
+    assert "Error" not in caplog.text
+
+
+def test_while_everything_is_held_nothing_is_written_or_deleted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    kernel = Kernel(9, 0)
+    reconciler = reconciler_on(kernel, monkeypatch)
+    direct = Route(IPv4Network("10.5.99.0/24"), IPv4Address("10.97.0.99"), 2)
+    before = [*entries(2), direct]
+    reconciler.set_all(before, TERRITORY)
+    reconciler.hold(ALL)
+    later = entries(3)[6:]
+    reconciler.update(later, [entry.slot for entry in [*before[:3], direct]])
+    kernel.events = [EntryEvent(Found(before[3]), True)]
+    reconciler.handle()
+    clock.time += CHECK
+    reconciler.work()
+    assert list(kernel.entries.values()) == before
+    reconciler.hold(0)
+    clock.time += 1.0
+    reconciler.work()
+    assert set(kernel.entries.values()) == {*before[3:6], *later}
     assert "Error" not in caplog.text

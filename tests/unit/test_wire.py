@@ -68,6 +68,8 @@ GATEWAY = attribute(wire.RTA_GATEWAY, HOST.packed)
 OIF = attribute(wire.RTA_OIF, struct.pack("=I", 3))
 NEIGHBOUR_DST = attribute(wire.NDA_DST, NEIGHBOUR.ip.packed)
 LLADDR = attribute(wire.NDA_LLADDR, MAC)
+# The port is in network byte order, and padded.
+PORT_AND_VNI = attribute(wire.NDA_PORT, b"\x12\xb6") + attribute(wire.NDA_VNI, b"\7\0\0\0")
 
 
 def parse(data: bytes) -> Found | None:
@@ -171,6 +173,14 @@ def parse_neighbour(body: bytes) -> Found | None:
             "07 000000 05000000 8000 02 00"
             "0800 0100 c0a80102  0a00 0200 aabbccddeeff 0000",
             id="delete FDB entry",
+        ),
+        pytest.param(
+            wire.pack_delete(7, Found(FDB, elsewhere=PORT_AND_VNI)),
+            "40000000 1d00 0100 07000000 00000000"
+            "07 000000 05000000 8000 02 00"
+            "0800 0100 c0a80102  0a00 0200 aabbccddeeff 0000"
+            "0600 0600 12b6 0000  0800 0700 07000000",
+            id="delete FDB entry with a port and VNI",
         ),
         pytest.param(
             wire.pack_route_dump(9, PROTOCOL),
@@ -361,10 +371,20 @@ def test_routes_as_the_kernel_tells_them(body: bytes, found: Found | None) -> No
             neighbour_body(7, 0x02, 2, LLADDR, attribute(1, HOST.packed)),
             Found(FDB, plain=False, permanent=False),
         ),
-        # With a port of its own.
+        # With a port and a VNI of its own, an interface of its own, or a nexthop group.
         (
-            neighbour_body(7, 0x80, 2, LLADDR, attribute(1, HOST.packed), attribute(6, b"\0\1")),
-            Found(FDB, plain=False),
+            neighbour_body(7, 0x80, 2, LLADDR, attribute(1, HOST.packed), PORT_AND_VNI),
+            Found(FDB, plain=False, elsewhere=PORT_AND_VNI),
+        ),
+        (
+            neighbour_body(7, 0x80, 2, attribute(8, b"\4\0\0\0"), LLADDR),
+            Found(
+                FdbEntry(MAC, IPv4Address(0), 5), plain=False, elsewhere=attribute(8, b"\4\0\0\0")
+            ),
+        ),
+        (
+            neighbour_body(7, 0x80, 2, LLADDR, attribute(13, b"\6\0\0\0")),
+            Found(FdbEntry(MAC, IPv4Address(0), 5), plain=False),
         ),
         (neighbour_body(7, 0x80, 4, LLADDR), None),
         (neighbour_body(7, 0x80, 2, attribute(1, HOST.packed)), None),
@@ -444,6 +464,7 @@ def test_arbitrary_bytes_never_raise(data: bytes, flags: int) -> None:
 KERNEL_MESSAGES = [
     *(wire.pack_write(1, entry) for entry in (ROUTE, NEIGHBOUR, FDB)),
     wire.pack_delete(1, Found(ROUTE, PROTOCOL, 7)),
+    wire.pack_delete(1, Found(FDB, elsewhere=PORT_AND_VNI)),
     wire.HEADER.pack(44, 16, 0, 1, 0)
     + struct.pack("=BxHiII", 0, 1, 4, 1, 0)
     + attribute(3, b"ab\xff\0")
