@@ -217,7 +217,7 @@ def test_without_udp_segment_one_by_one(bench: Bench, number: int) -> None:
     assert set(bench.udp.calls) == {1}
     assert len(bench.said) == 1
     assert "one by one" in bench.said[0]
-    assert not bench.transmitter.segments
+    assert not bench.transmitter._sender.segments
 
 
 @pytest.mark.parametrize("number", [errno.EMSGSIZE, errno.EINVAL])

@@ -1,11 +1,9 @@
 """From the TUN device to the peers."""
 
-import errno
 import os
 import socket
-import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -29,12 +27,8 @@ from flanneld.backend.udp.packet import (
     decrement_ttl,
 )
 from flanneld.backend.udp.peers import Peer, RouteTable
-from flanneld.backend.udp.tun import UDP_SEGMENT
+from flanneld.backend.udp.send import Sender
 
-# The most datagrams in one call: UDP_MAX_SEGMENTS of kernels before 6.9.
-SEGMENTS = 64
-# The most bytes: an IP packet without the headers of IP and UDP.
-LONGEST_PAYLOAD = 65507
 # Packets read before they are sent.
 SLOTS = 64
 _SUPERS_IN_A_TURN = 4
@@ -47,18 +41,12 @@ _OUT_BYTES = LONGEST_PACKET + segment.ROWS * 122
 _CUTS = 160
 # How long the rest of a long super-packet waits for the next one.
 PATIENCE_MS = 1
-# After a packet was too big for the path, the path may have changed.
-_TOO_BIG_SECONDS = 10.0
 
 _PROTOCOLS = {GSO_TCPV4: TCP, GSO_TCPV4 | GSO_ECN: TCP, GSO_UDP_L4: UDP}
 
 
 class Transmitter:
-    """Reads packets from the TUN device and sends them to the peers.
-
-    ``segments``: whether the socket can send many datagrams in one call; switched off, and said,
-    when a device refuses.
-    """
+    """Reads packets from the TUN device and sends them to the peers; ``segments`` as `Sender`."""
 
     def __init__(
         self,
@@ -72,16 +60,13 @@ class Transmitter:
         answer: Callable[[tuple[int, int], memoryview], None],
         say: Callable[[str], None],
     ) -> None:
-        self.segments = segments
         self.may_wait = False
         """Rows are waiting that need not be sent before the next packets are read."""
         self._waits_since = 0.0
         self._tun = tun
-        self._udp = udp
         self._routes = routes
         self._counters = counters
         self._answer = answer
-        self._say = say
         # Larger packets than this are handled at once, so a slot need not hold them.
         self._stride = min(16384, (VNET_LEN + mtu + 64) // 64 * 64)
         arena = bytearray(SLOTS * self._stride + VNET_LEN + LONGEST_PACKET + 64)
@@ -103,8 +88,7 @@ class Transmitter:
         self._peer: Peer | None = None
         self._size = 0
         self._flags_at = 0
-        self._controls: dict[int, list[tuple[int, int, bytes]]] = {}
-        self._too_big: dict[str, tuple[int, float]] = {}
+        self._sender = Sender(udp, counters, segments=segments, say=say)
 
     def one(self) -> None:
         """Read one packet and send it at once, on the shortest way. Raises OSError as `turn`."""
@@ -133,7 +117,7 @@ class Transmitter:
             return
         packet = view[VNET_LEN:length]
         decrement_ttl(packet)
-        self._send_one(packet, peer)
+        self._sender.send_one(packet, peer)
         self._count_read(1, length - VNET_LEN)
 
     def _complete(self, length: int) -> bool:
@@ -271,7 +255,7 @@ class Transmitter:
             pieces = [view[s * stride + VNET_LEN : s * stride + length] for s in slots]
         else:
             pieces = [row[:size].data for row in rows]
-        self._send(pieces, size, peer)
+        self._sender.send(pieces, size, peer)
         return True
 
     def _send_packet(self, at: int, length: int) -> None:
@@ -286,7 +270,7 @@ class Transmitter:
                 self._counters.drop_malformed += 1
                 return
         decrement_ttl(packet)
-        self._send_one(packet, peer)
+        self._sender.send_one(packet, peer)
 
     # Super-packets
 
@@ -353,12 +337,12 @@ class Transmitter:
         peer = self._peer
         if peer is None:
             return
-        limit = min(SEGMENTS, LONGEST_PAYLOAD // size)
-        if stride != size or not self.segments or limit < 2:
+        limit = self._sender.at_once(size)
+        if stride != size or limit < 2:
             self.flush()
             pieces = [out[at : at + size] for at in range(0, count * stride, stride)]
             pieces[-1] = pieces[-1][:last]
-            self._send(pieces, size, peer)
+            self._sender.send(pieces, size, peer)
             return
         begin = 0
         while begin < count:
@@ -386,90 +370,8 @@ class Transmitter:
             self.may_wait = False
             pieces, count = self._waiting, self._rows
             self._waiting, self._rows = [], 0
-            self._send(pieces, self._size, self._peer, count)
+            self._sender.send(pieces, self._size, self._peer, count)
 
     def is_overdue(self, now: float) -> bool:
         """Return whether the rows that may wait have waited long enough."""
         return self.may_wait and (now - self._waits_since) * 1000 > PATIENCE_MS
-
-    # The socket
-
-    def _send(self, pieces: Sequence[memoryview], size: int, peer: Peer, packets: int = 0) -> None:
-        """Send packets of one size (the last may be shorter): a piece for each packet.
-
-        With ``packets``, their number, a piece may hold several, and they fit into one call.
-        """
-        count = packets or len(pieces)
-        limit = min(SEGMENTS, LONGEST_PAYLOAD // size) if size else 0
-        if count > 1 and self.segments and limit > 1 and not self._is_too_big(size, peer):
-            if count > limit:
-                for first in range(0, count, limit):
-                    self._send(pieces[first : first + limit], size, peer)
-                return
-            control = self._controls.get(size)
-            if control is None:
-                if len(self._controls) > 1024:
-                    self._controls.clear()
-                control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", size))]
-                self._controls[size] = control
-            try:
-                sent = self._udp.sendmsg(pieces, control, 0, peer.address)
-            except OSError as error:
-                if not self._goes_one_by_one(error, size, peer, count):
-                    return
-            else:
-                self._counters.udp_send_calls += 1
-                self._counters.udp_sent_packets += count
-                self._counters.udp_sent_bytes += sent
-                return
-        if not packets:
-            for piece in pieces:
-                self._send_one(piece, peer)
-            return
-        for piece in pieces:
-            for first in range(0, len(piece), size):
-                self._send_one(piece[first : first + size], peer)
-
-    def _send_one(self, packet: memoryview, peer: Peer) -> None:
-        try:
-            self._udp.sendto(packet, peer.address)
-        except BlockingIOError:
-            self._counters.drop_send_full += 1
-        except OSError:
-            # No route to the peer, a firewall's rule: the kernel's answer to one packet.
-            self._counters.drop_send_failed += 1
-        else:
-            self._counters.udp_send_calls += 1
-            self._counters.udp_sent_packets += 1
-            self._counters.udp_sent_bytes += len(packet)
-
-    def _goes_one_by_one(self, error: OSError, size: int, peer: Peer, count: int) -> bool:
-        """Return whether packets that could not be sent in one call may be sent one by one."""
-        if error.errno == errno.EAGAIN:
-            self._counters.drop_send_full += count
-            return False
-        if error.errno in (errno.EMSGSIZE, errno.EINVAL):
-            # Larger than the path to the peer, for which kernels before 6.14 say EINVAL; alone the
-            # kernel fragments it. One peer's path is no reason to slow down all.
-            if len(self._too_big) > 1024:
-                self._too_big.clear()
-            if peer.ip not in self._too_big:
-                self._say(f"packets of {size} bytes are too big for the path to {peer.ip}")
-            self._too_big[peer.ip] = (size, time.monotonic() + _TOO_BIG_SECONDS)
-            return True
-        if error.errno in (errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT):
-            # EIO: a device without checksum offload, before Linux 6.11.
-            self.segments = False
-            self._say(
-                f"UDP_SEGMENT is refused on the way to {peer.ip} ({error.strerror});"
-                " sending one by one from now on"
-            )
-            return True
-        self._counters.drop_send_failed += count
-        return False
-
-    def _is_too_big(self, size: int, peer: Peer) -> bool:
-        if not self._too_big:
-            return False
-        limit, until = self._too_big.get(peer.ip, (0, 0.0))
-        return 0 < limit <= size and time.monotonic() < until
