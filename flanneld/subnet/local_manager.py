@@ -137,40 +137,35 @@ class LocalManager:
         match decision:
             case Reuse(lease=found) if found.subnet in created and _blocked(found, taken):
                 # Created a round ago, when what is unreadable now may have been another's lease.
-                self._store.remove(found.key, found.modified_index)
+                self._store.remove(_node_of(found, snapshot))
                 return None
             case Reuse(lease=found):
                 ttl = None if found.is_reservation else LEASE_TTL
-                name = subnet_key(found.subnet)
-                node = self._store.swap(name, attrs.encode(), ttl, found.modified_index)
+                node = self._store.swap(_node_of(found, snapshot), attrs.encode(), ttl)
                 return Lease(found.subnet, attrs, node.ttl, node.index, node.created_index)
             case Discard(lease=found):
-                self._store.remove(subnet_key(found.subnet), found.modified_index)
+                self._store.remove(_node_of(found, snapshot))
                 return None
             case Create(subnet=subnet):
                 created.add(subnet)
                 node = self._store.create(subnet_key(subnet), attrs.encode(), LEASE_TTL)
                 lease = Lease(subnet, attrs, node.ttl, node.index, node.created_index)
-                if self._is_contested(lease, snapshot.index):
+                other, blocked = self._find_rival(lease, snapshot.index)
+                if other is not None or blocked:
                     return None  # the next round finds it too, and gives ours up
                 log.info("Allocated lease (%s) to current node (%s) ", subnet, attrs.public_ip)
                 return lease
 
-    def _is_contested(self, lease: Lease, seen: int) -> bool:
+    def _find_rival(self, lease: Lease, seen: int) -> tuple[Lease | None, bool]:
         """Look again after a lease was created: another host may have been faster.
 
+        Return its lease (see `elder`), and whether an unreadable key has a part of the range.
         ``seen`` is the store's index when we looked before.
         """
         if lease.created_index == seen + 1:
-            return False  # nothing was written in between
+            return None, False  # nothing was written in between
         leases, taken, _ = _read_leases(self._store.snapshot())
-        return elder(lease, leases) is not None or _blocked(lease, taken)
-
-    def _find_elder(self, lease: Lease, seen: int) -> Lease | None:
-        """Look again after a lease was created: see `elder`. ``seen`` is when we looked before."""
-        if lease.created_index == seen + 1:
-            return None  # nothing was written in between
-        return elder(lease, _read_leases(self._store.snapshot())[0])
+        return elder(lease, leases), _blocked(lease, taken)
 
     def keep_lease(self, lease: Lease) -> Lease:
         """See `SubnetManager.keep_lease`."""
@@ -182,7 +177,7 @@ class LocalManager:
                 if present is None:
                     return self._put_back(lease)
                 ttl = _lifetime(lease, present)
-                node = self._store.swap(lease.key, lease.attrs.encode(), ttl, present.index)
+                node = self._store.swap(present, lease.attrs.encode(), ttl)
                 return _renewed(lease, node)
             except KeyNotFound:
                 absent = True
@@ -199,11 +194,12 @@ class LocalManager:
         _check_elder(lease, elder(there[0] if there else replace(lease, created_index=0), leases))
         node = self._store.create(lease.key, lease.attrs.encode(), LEASE_TTL)
         lease = _renewed(lease, node)
-        other = self._find_elder(lease, snapshot.index)
+        # What is unreadable is no host's that we know of: it ends no daemon that runs.
+        other, _ = self._find_rival(lease, snapshot.index)
         if other is not None:
             # Or the peers would send here what is the other's. If it fails, our next start does it.
             with contextlib.suppress(StoreError):
-                self._store.remove(lease.key, lease.modified_index)
+                self._store.remove(node)
         _check_elder(lease, other)
         return lease
 
@@ -384,6 +380,11 @@ def _read_leases(snapshot: Snapshot) -> tuple[list[Lease], list[IPv4Network], li
             if blocked is not None:
                 taken.append(blocked)
     return leases, taken, notes
+
+
+def _node_of(lease: Lease, snapshot: Snapshot) -> Node:
+    """Return the key that a lease was read from."""
+    return next(node for node in snapshot.nodes if node.name == lease.key)
 
 
 def _status(own: Lease, node: Node | None) -> LeaseStatus:

@@ -165,7 +165,6 @@ class Access(MemoryStore):
         self.host = host
         self.seen: Snapshot | None = None
         self.decided_on: Snapshot | None = None
-        self._read_from = 0
 
     def snapshot(self) -> Snapshot:
         self.seen = super().snapshot()
@@ -205,16 +204,12 @@ class Access(MemoryStore):
 
         network.pause()
         fault = host.faults.popleft() if host.faults and write else None
-        # What was read is written at once: no restart of a store fits in between.
-        away = write and self._read_from != self.data.restarts
-        if host.cut or away or fault == "before":
+        if host.cut or fault == "before":
             raise StoreUnavailable("connection refused")
         if fault == "late":
             self.data.late.append(carry_out)
             raise StoreUnavailable("i/o timeout (the write may have been carried out)")
         result = carry_out()
-        if not write:
-            self._read_from = self.data.restarts
         network.pause()
         if host.cut or fault == "after":
             raise StoreUnavailable("i/o timeout (the write may have been carried out)")
