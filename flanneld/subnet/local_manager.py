@@ -101,27 +101,38 @@ class LocalManager:
         full = Outage(log.log, "failed to acquire lease", steady=OUT_OF_SUBNETS_PAUSE)
         say = Once(log.log)
         created: set[IPv4Network] = set()
+        waited = False
         while not stop.is_set():
             try:
+                if waited:
+                    self._check_config_is_the_same()
+                    waited = False
                 lease = self._acquire_round(config, attrs, say, created)
             except OutOfSubnets as error:
+                say.warn(error.warnings)
                 full.failed(error, stop)
-                self._check_config_is_the_same()
+                waited = True
             except (CompareFailed, KeyNotFound):
                 # Somebody was faster. A moment at random, so that the next round is not a draw.
                 stop.wait(self._random.uniform(0, 0.05))
             except StoreError as error:
                 store_away.failed(error, stop)
+                waited = True
             else:
                 if lease is not None:
                     return lease
         raise Stopped
 
     def _check_config_is_the_same(self) -> None:
-        """Raise ConfigChanged if waiting any longer with this config is in vain."""
-        with contextlib.suppress(StoreError):
-            if self._config_text and self._store.read_config() != self._config_text:
-                raise ConfigChanged("the network config has changed in the store")
+        """Raise ConfigChanged if it is not: after a wait, and in a store that was away."""
+        if not self._config_text:
+            return
+        try:
+            text = self._store.read_config()
+        except KeyNotFound:
+            text = ""
+        if text != self._config_text:
+            raise ConfigChanged("the network config has changed in the store")
 
     def _acquire_round(
         self, config: Config, attrs: LeaseAttrs, say: Once, created: set[IPv4Network]

@@ -157,7 +157,12 @@ class MemoryStore:
         self.down = False
 
     def read_config(self) -> str:
-        return self._call("config", lambda: self.data.config)
+        def look() -> str:
+            if not self.data.config:
+                raise KeyNotFound("100: Key not found (/config)", self.data.index)
+            return self.data.config
+
+        return self._call("config", look)
 
     def snapshot(self) -> Snapshot:
         def take() -> Snapshot:

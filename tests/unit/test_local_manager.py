@@ -255,8 +255,58 @@ def test_a_full_network_whose_config_cannot_be_read_is_waited_for(
     store.data.put("10.5.2.0-24", OTHER, 4)
     store.faults.extend([None, fault])
     assert manager.acquire_lease(config, ATTRS, stop).subnet == IPv4Network("10.5.2.0/24")
-    assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE]
-    assert store.calls == ["config", "snapshot", "config", "snapshot", "create"]
+    assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE, 1.0]
+    assert store.calls == ["config", "snapshot", "config", "config", "snapshot", "create"]
+
+
+@pytest.mark.parametrize("text", [SMALL_TEXT, ""], ids=["another", "none"])
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_store_that_was_away_may_have_another_config(
+    store: MemoryStore, manager: LocalManager, stop: Stop, text: str, failures: int
+) -> None:
+    config = manager.network_config()
+
+    def come_back() -> None:
+        if len(stop.waits) == failures:
+            store.data.config = text
+
+    store.on_call = come_back
+    store.faults.extend(["before"] * failures)
+    with pytest.raises(ConfigChanged, match="config has changed"):
+        manager.acquire_lease(config, ATTRS, stop)
+    assert stop.waits == [1.0] * failures
+    assert store.data.keys == {}
+
+
+def test_a_store_that_was_away_and_has_the_same_config(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    config = manager.network_config()
+    store.faults.extend(["before", "before"])
+    assert manager.acquire_lease(config, ATTRS, stop).subnet == SUBNET
+    assert stop.waits == [1.0] * 2
+    assert store.calls == ["config", "snapshot", "config", "config", "snapshot", "create"]
+
+
+def test_what_keeps_a_host_from_its_subnet_is_said_though_none_is_free(
+    store: MemoryStore, manager: LocalManager, stop: Stop, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.data.config = SMALL_TEXT
+    config = manager.network_config()
+    fill(store)
+    store.data.put("10.6.7.0-24", ATTRS.encode())
+
+    def third_look_is_the_last() -> None:
+        if len(stop.waits) == 2:
+            stop.set()
+
+    store.on_call = third_look_is_the_last
+    with caplog.at_level("WARNING"), pytest.raises(Stopped):
+        manager.acquire_lease(config, ATTRS, stop)
+    reserved = "Found lease (10.6.7.0/24) for current IP (10.97.0.1) but not compatible"
+    assert caplog.text.count(reserved) == 1
+    assert caplog.text.count(f"Found previously leased subnet ({SUBNET}) that is not") == 1
+    assert caplog.text.count("failed to acquire lease: out of subnets") == 1
 
 
 def test_acquiring_ends_when_asked_to(
