@@ -254,7 +254,8 @@ class LeaseSafety(RuleBasedStateMachine):
         """A daemon ends by itself only if its subnet is another's, or it was altered too often."""
         for host in self.network.hosts:
             if host.ended is not None:
-                assert isinstance(host.ended, LeaseLost), repr(host.ended)
+                if not isinstance(host.ended, LeaseLost):
+                    raise host.ended
                 assert "keeps writing" in str(host.ended) or self._taken_from(host), str(host.ended)
                 host.ended = None
 
@@ -277,7 +278,7 @@ class LeaseSafety(RuleBasedStateMachine):
         taken: list[IPv4Network | None] = []
         for node in decided_on.nodes:
             try:
-                found = parse_lease(node.name, node.value, node.ttl, node.index)
+                found = parse_lease(node.name, node.value, node.ttl, node.index, node.created_index)
             except BadLease:
                 taken.append(taken_range(node.name))
                 continue
@@ -287,7 +288,10 @@ class LeaseSafety(RuleBasedStateMachine):
             mine.subnet
             for mine in own
             if compatible(mine.subnet, config)
-            and not any(mine.subnet.overlaps(other.subnet) for other in others)
+            and not any(
+                mine.subnet.overlaps(other.subnet) and other.created_index < mine.created_index
+                for other in others
+            )
         ]
         if usable:
             assert lease.subnet in usable
