@@ -139,7 +139,7 @@ class LocalManager:
     ) -> Lease | None:
         """Take one step; return the lease once it is ours. ``created``: keys of earlier rounds."""
         snapshot = self._store.snapshot()
-        leases, taken, bad = _read_leases(snapshot)
+        leases, taken, bad = _read_leases(snapshot.nodes)
         # Before there may be no subnet left: then these may be the reason.
         say.warn(bad)
         decision = decide(leases, taken, attrs.public_ip, self._previous, config, rng=self._random)
@@ -161,21 +161,25 @@ class LocalManager:
                 created.add(subnet)
                 node = self._store.create(subnet_key(subnet), attrs.encode(), LEASE_TTL)
                 lease = Lease(subnet, attrs, node.ttl, node.index, node.created_index)
-                other, blocked = self._find_rival(lease, snapshot.index)
+                other, blocked = self._find_rival(lease)
                 if other is not None or blocked:
                     return None  # the next round finds it too, and gives ours up
                 log.info("Allocated lease (%s) to current node (%s) ", subnet, attrs.public_ip)
                 return lease
 
-    def _find_rival(self, lease: Lease, seen: int) -> tuple[Lease | None, bool]:
+    def _find_rival(self, lease: Lease) -> tuple[Lease | None, bool]:
         """Look again after a lease was created: another host may have been faster.
 
         Return its lease (see `elder`), and whether an unreadable key has a part of the range.
-        ``seen`` is the store's index when we looked before.
+        That the index grew by one since the first look is no proof that nothing was written
+        meanwhile: the store may have been restored.
         """
-        if lease.created_index == seen + 1:
-            return None, False  # nothing was written in between
-        leases, taken, _ = _read_leases(self._store.snapshot())
+        near = [
+            node
+            for node in self._store.snapshot().nodes
+            if (found := taken_range(node.name)) and found.overlaps(lease.subnet)
+        ]
+        leases, taken, _ = _read_leases(near)
         return elder(lease, leases), _blocked(lease, taken)
 
     def keep_lease(self, lease: Lease) -> Lease:
@@ -198,15 +202,14 @@ class LocalManager:
 
     def _put_back(self, lease: Lease) -> Lease:
         """Create our key anew. Raises LeaseLost if another host's lease overlaps it by now."""
-        snapshot = self._store.snapshot()
-        leases = _read_leases(snapshot)[0]
+        leases = _read_leases(self._store.snapshot().nodes)[0]
         # It is there if the answer to an earlier try was lost.
         there = [found for found in leases if found.subnet == lease.subnet]
         _check_elder(lease, elder(there[0] if there else replace(lease, created_index=0), leases))
         node = self._store.create(lease.key, lease.attrs.encode(), LEASE_TTL)
         lease = _renewed(lease, node)
         # What is unreadable is no host's that we know of: it ends no daemon that runs.
-        other, _ = self._find_rival(lease, snapshot.index)
+        other, _ = self._find_rival(lease)
         if other is not None:
             # Or the peers would send here what is the other's. If it fails, our next start does it.
             with contextlib.suppress(StoreError):
@@ -377,10 +380,10 @@ def _check_elder(lease: Lease, other: Lease | None) -> None:
         )
 
 
-def _read_leases(snapshot: Snapshot) -> tuple[list[Lease], list[IPv4Network], list[str]]:
+def _read_leases(nodes: Iterable[Node]) -> tuple[list[Lease], list[IPv4Network], list[str]]:
     """Return the readable leases, the ranges of unreadable ones, and a note for each of these."""
     leases, taken, notes = [], [], []
-    for node in snapshot.nodes:
+    for node in nodes:
         try:
             leases.append(
                 parse_lease(node.name, node.value, node.ttl, node.index, node.created_index)

@@ -8,7 +8,7 @@ import threading
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_store import PATIENCE, Clock, Data, MemoryStore, Stop
 
@@ -150,6 +150,27 @@ def test_a_host_with_another_subnet_len_was_faster_and_its_key_is_spoilt(
     assert set(held(store)) == {WIDE, lease.key}
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_a_store_was_restored_between_look_and_creation(
+    store: MemoryStore, manager: LocalManager, stop: Stop, running: bool
+) -> None:
+    """It counts on from the index of the look; nothing but a second look tells of the other."""
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    store.data.delete(KEY)
+    store.data.put(WIDE, OTHER)
+    backup = store.data.backup()
+    store.data.restore((backup[0], {}))
+    store.before_write.append(lambda: store.data.restore(backup))
+    if running:
+        with pytest.raises(LeaseLost, match="which overlaps"):
+            manager.keep_lease(lease)
+        assert set(held(store)) == {WIDE}
+        return
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    assert not lease.subnet.overlaps(IPv4Network("10.5.32.0/22"))
+    assert set(held(store)) == {WIDE, lease.key}
+
+
 def test_a_host_with_another_subnet_len_was_slower(
     store: MemoryStore, manager: LocalManager, stop: Stop
 ) -> None:
@@ -256,7 +277,7 @@ def test_a_full_network_whose_config_cannot_be_read_is_waited_for(
     store.faults.extend([None, fault])
     assert manager.acquire_lease(config, ATTRS, stop).subnet == IPv4Network("10.5.2.0/24")
     assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE, 1.0]
-    assert store.calls == ["config", "snapshot", "config", "config", "snapshot", "create"]
+    assert store.calls[:-1] == ["config", "snapshot", "config", "config", "snapshot", "create"]
 
 
 @pytest.mark.parametrize("text", [SMALL_TEXT, ""], ids=["another", "none"])
@@ -285,7 +306,7 @@ def test_a_store_that_was_away_and_has_the_same_config(
     store.faults.extend(["before", "before"])
     assert manager.acquire_lease(config, ATTRS, stop).subnet == SUBNET
     assert stop.waits == [1.0] * 2
-    assert store.calls == ["config", "snapshot", "config", "config", "snapshot", "create"]
+    assert store.calls[:-1] == ["config", "snapshot", "config", "config", "snapshot", "create"]
 
 
 def test_what_keeps_a_host_from_its_subnet_is_said_though_none_is_free(
@@ -353,6 +374,7 @@ HOSTS = st.lists(FAULTS, min_size=2, max_size=4)
 REMEMBERED = st.sampled_from([None, IPv4Network("10.5.1.0/24"), IPv4Network("10.5.2.0/24")])
 
 
+@settings(deadline=None)
 @given(
     HOSTS,
     st.lists(REMEMBERED, min_size=4, max_size=4),
@@ -389,7 +411,7 @@ def test_no_subnet_ever_has_two_hosts(
     for host, thread in enumerate(threads):
         thread.start()
         turns.arrived[host].acquire(timeout=PATIENCE)
-    for host in [*(turn % count for turn in schedule), *list(range(count)) * 20]:
+    for host in [*(turn % count for turn in schedule), *list(range(count)) * 30]:
         turns.take(host)
         check_owners(leases, data)
     stop.set()
