@@ -558,6 +558,28 @@ def test_an_index_says_nothing_in_a_store_that_was_emptied(
     assert held(store) == {KEY: (OTHER, 60)}
 
 
+@pytest.mark.parametrize("step", ["keep", "acquire", "give back"])
+def test_a_store_was_restored_between_read_and_write(
+    store: MemoryStore, manager: LocalManager, lease: Lease, stop: Stop, step: str
+) -> None:
+    """Another host's key has the index that ours was read with."""
+
+    def restore() -> None:
+        store.data.restore((lease.modified_index - 1, {}))
+        store.data.put(KEY, OTHER, 60)
+        assert store.data.keys[KEY].index == lease.modified_index
+
+    store.before_write.append(restore)
+    if step == "keep":
+        with pytest.raises(LeaseLost):
+            manager.keep_lease(lease)
+    elif step == "acquire":
+        assert manager.acquire_lease(CONFIG, ATTRS, stop).subnet != SUBNET
+    else:
+        manager.acquire_lease(parse_config('{"Network":"10.6.0.0/16"}'), ATTRS, stop)
+    assert store.data.keys[KEY].value == OTHER
+
+
 @pytest.mark.parametrize("ttl", [None, 60])
 @pytest.mark.parametrize("value", ["garbage", LeaseAttrs(IP, "vxlan").encode(), ATTRS.encode()])
 def test_what_somebody_wrote_there_is_restored(
