@@ -60,7 +60,14 @@ class LeaseLost(FlannelError):
 
 
 class OutOfSubnets(FlannelError):
-    """Every subnet of the network is taken. Retried: a lease may expire."""
+    """Every subnet of the network is taken. Retried: a lease may expire.
+
+    ``warnings`` are lines to log: why this host cannot have the subnets it had before.
+    """
+
+    def __init__(self, message: str, warnings: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.warnings = warnings
 
 
 class StoreError(FlannelError):

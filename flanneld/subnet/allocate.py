@@ -143,7 +143,7 @@ def decide(
     notes.append(f"Picking subnet in range {config.subnet_min} ... {config.subnet_max}")
     free = first_free(taken, config)
     if not free:
-        raise OutOfSubnets(_out_of_subnets(config))
+        raise OutOfSubnets(_out_of_subnets(config), tuple(warnings))
     return Create(rng.choice(free), False, tuple(notes), tuple(warnings))
 
 

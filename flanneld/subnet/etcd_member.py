@@ -137,6 +137,11 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
         path = f"{self.key_endpoint}{key}?{urlencode(condition)}"
         return self._result_from_response(self.api_execute(path, self._MPUT, params=form))
 
+    def remove(self, key: str, condition: dict[str, Any]) -> Any:
+        """Delete a key. python-etcd's own sends the parts of the condition in any order."""
+        path = f"{self.key_endpoint}{key}?{urlencode(condition)}"
+        return self._result_from_response(self.api_execute(path, self._MDELETE))
+
     def asked(self, request: Callable[[Self], T]) -> T:
         """Return the answer to a request, whatever `forget_connections` does meanwhile."""
         try:

@@ -8,6 +8,7 @@ asks the endpoints given, in a ring; a failed one is asked again in its turn.
 
 import posixpath
 import random
+import re
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -100,11 +101,9 @@ class EtcdV2Store:
         """See `LeaseStore.create`."""
         return self._write(name, value, ttl, {"prevExist": "false"})
 
-    def swap(self, name: str, value: str, ttl: int | None, index: int) -> Node:
+    def swap(self, before: Node, value: str, ttl: int | None) -> Node:
         """See `LeaseStore.swap`."""
-        if index <= 0:  # etcd takes prevIndex=0 for no condition at all
-            raise ValueError(f"compare-and-swap of {name} needs an index, not {index}")
-        return self._write(name, value, ttl, {"prevIndex": index})
+        return self._write(before.name, value, ttl, _still(before))
 
     def _write(self, name: str, value: str, ttl: int | None, condition: dict[str, Any]) -> Node:
         key = self._key(name)
@@ -112,12 +111,10 @@ class EtcdV2Store:
             lambda member: _written(member.put(key, value, ttl, condition)), write=True
         )
 
-    def remove(self, name: str, index: int) -> None:
+    def remove(self, before: Node) -> None:
         """See `LeaseStore.remove`."""
-        if index <= 0:
-            raise ValueError(f"compare-and-delete of {name} needs an index, not {index}")
-        key = self._key(name)
-        self._call(lambda member: _written(member.delete(key, prevIndex=index)), write=True)
+        key, condition = self._key(before.name), _still(before)
+        self._call(lambda member: _written(member.remove(key, condition)), write=True)
 
     def poll(self, name: str | None, after: int, timeout: float) -> Poll:
         """See `LeaseStore.poll`."""
@@ -209,6 +206,12 @@ _CREDENTIALS = "check --etcd-username and --etcd-password, and the role"
 
 _QUORUM: dict[str, Any] = {"quorum": True, "recursive": False, "sorted": False}
 
+# Bytes, quoted. etcd resets a connection whose first line is longer than 4 KB; a lease has 100.
+_COMPARED = 2048
+
+# In what was read of a value that is no text: etcd puts U+FFFD into its JSON, and never surrogates.
+_NO_TEXT = re.compile("[\ud800-\udfff\ufffd]")
+
 
 def _path(prefix: str, name: str) -> str:
     """Join and clean as Go's path.Join does; the store cleans the paths of its keys too."""
@@ -219,6 +222,20 @@ def _path(prefix: str, name: str) -> str:
     except UnicodeEncodeError as error:
         raise OptionError(f"unusable etcd prefix {prefix!r}: it is not UTF-8") from error
     return path
+
+
+def _still(before: Node) -> dict[str, Any]:
+    """Return the condition that a key is as it was read.
+
+    By its index alone where etcd cannot compare the value: an empty one, one that is no text,
+    and one that is too long for a request's first line. No flanneld writes any of these.
+    """
+    if before.index <= 0:  # etcd takes prevIndex=0 for no condition at all
+        raise ValueError(f"a conditional write of {before.name} needs an index, not {before.index}")
+    value = before.value
+    if not value or _NO_TEXT.search(value) or len(quote(value)) > _COMPARED:
+        return {"prevIndex": before.index}
+    return {"prevIndex": before.index, "prevValue": value}
 
 
 def _config(result: Any) -> str:

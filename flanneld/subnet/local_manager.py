@@ -102,34 +102,45 @@ class LocalManager:
         full = Outage(log.log, "failed to acquire lease", steady=OUT_OF_SUBNETS_PAUSE)
         say = Once(log.log)
         created: set[IPv4Network] = set()
+        waited = False
         while not stop.is_set():
             try:
+                if waited:
+                    self._check_config_is_the_same()
+                    waited = False
                 lease = self._acquire_round(config, attrs, say, created)
             except OutOfSubnets as error:
+                say.warn(error.warnings)
                 full.failed(error, stop)
-                self._check_config_is_the_same()
+                waited = True
             except (CompareFailed, KeyNotFound):
                 # Somebody was faster. A moment at random, so that the next round is not a draw.
                 stop.wait(self._random.uniform(0, 0.05))
             except StoreError as error:
                 store_away.failed(error, stop)
+                waited = True
             else:
                 if lease is not None:
                     return lease
         raise Stopped
 
     def _check_config_is_the_same(self) -> None:
-        """Raise ConfigChanged if waiting any longer with this config is in vain."""
-        with contextlib.suppress(StoreError):
-            if self._config_text and self._store.read_config() != self._config_text:
-                raise ConfigChanged("the network config has changed in the store")
+        """Raise ConfigChanged if it is not: after a wait, and in a store that was away."""
+        if not self._config_text:
+            return
+        try:
+            text = self._store.read_config()
+        except KeyNotFound:
+            text = ""
+        if text != self._config_text:
+            raise ConfigChanged("the network config has changed in the store")
 
     def _acquire_round(
         self, config: Config, attrs: LeaseAttrs, say: Once, created: set[IPv4Network]
     ) -> Lease | None:
         """Take one step; return the lease once it is ours. ``created``: keys of earlier rounds."""
         snapshot = self._store.snapshot()
-        leases, taken, bad = _read_leases(snapshot)
+        leases, taken, bad = _read_leases(snapshot.nodes)
         # Before there may be no subnet left: then these may be the reason.
         say.warn(bad)
         decision = decide(leases, taken, attrs.public_ip, self._previous, config, rng=self._random)
@@ -138,40 +149,39 @@ class LocalManager:
         match decision:
             case Reuse(lease=found) if found.subnet in created and _blocked(found, taken):
                 # Created a round ago, when what is unreadable now may have been another's lease.
-                self._store.remove(found.key, found.modified_index)
+                self._store.remove(_node_of(found, snapshot))
                 return None
             case Reuse(lease=found):
                 ttl = None if found.is_reservation else LEASE_TTL
-                name = subnet_key(found.subnet)
-                node = self._store.swap(name, attrs.encode(), ttl, found.modified_index)
+                node = self._store.swap(_node_of(found, snapshot), attrs.encode(), ttl)
                 return Lease(found.subnet, attrs, node.ttl, node.index, node.created_index)
             case Discard(lease=found):
-                self._store.remove(subnet_key(found.subnet), found.modified_index)
+                self._store.remove(_node_of(found, snapshot))
                 return None
             case Create(subnet=subnet):
                 created.add(subnet)
                 node = self._store.create(subnet_key(subnet), attrs.encode(), LEASE_TTL)
                 lease = Lease(subnet, attrs, node.ttl, node.index, node.created_index)
-                if self._is_contested(lease, snapshot.index):
+                other, blocked = self._find_rival(lease)
+                if other is not None or blocked:
                     return None  # the next round finds it too, and gives ours up
                 log.info("Allocated lease (%s) to current node (%s) ", subnet, attrs.public_ip)
                 return lease
 
-    def _is_contested(self, lease: Lease, seen: int) -> bool:
+    def _find_rival(self, lease: Lease) -> tuple[Lease | None, bool]:
         """Look again after a lease was created: another host may have been faster.
 
-        ``seen`` is the store's index when we looked before.
+        Return its lease (see `elder`), and whether an unreadable key has a part of the range.
+        That the index grew by one since the first look is no proof that nothing was written
+        meanwhile: the store may have been restored.
         """
-        if lease.created_index == seen + 1:
-            return False  # nothing was written in between
-        leases, taken, _ = _read_leases(self._store.snapshot())
-        return elder(lease, leases) is not None or _blocked(lease, taken)
-
-    def _find_elder(self, lease: Lease, seen: int) -> Lease | None:
-        """Look again after a lease was created: see `elder`. ``seen`` is when we looked before."""
-        if lease.created_index == seen + 1:
-            return None  # nothing was written in between
-        return elder(lease, _read_leases(self._store.snapshot())[0])
+        near = [
+            node
+            for node in self._store.snapshot().nodes
+            if (found := taken_range(node.name)) and found.overlaps(lease.subnet)
+        ]
+        leases, taken, _ = _read_leases(near)
+        return elder(lease, leases), _blocked(lease, taken)
 
     def keep_lease(self, lease: Lease) -> Lease:
         """See `SubnetManager.keep_lease`."""
@@ -183,7 +193,7 @@ class LocalManager:
                 if present is None:
                     return self._put_back(lease)
                 ttl = _lifetime(lease, present)
-                node = self._store.swap(lease.key, lease.attrs.encode(), ttl, present.index)
+                node = self._store.swap(present, lease.attrs.encode(), ttl)
                 return _renewed(lease, node)
             except KeyNotFound:
                 absent = True
@@ -193,18 +203,18 @@ class LocalManager:
 
     def _put_back(self, lease: Lease) -> Lease:
         """Create our key anew. Raises LeaseLost if another host's lease overlaps it by now."""
-        snapshot = self._store.snapshot()
-        leases = _read_leases(snapshot)[0]
+        leases = _read_leases(self._store.snapshot().nodes)[0]
         # It is there if the answer to an earlier try was lost.
         there = [found for found in leases if found.subnet == lease.subnet]
         _check_elder(lease, elder(there[0] if there else replace(lease, created_index=0), leases))
         node = self._store.create(lease.key, lease.attrs.encode(), LEASE_TTL)
         lease = _renewed(lease, node)
-        other = self._find_elder(lease, snapshot.index)
+        # What is unreadable is no host's that we know of: it ends no daemon that runs.
+        other, _ = self._find_rival(lease)
         if other is not None:
             # Or the peers would send here what is the other's. If it fails, our next start does it.
             with contextlib.suppress(StoreError):
-                self._store.remove(lease.key, lease.modified_index)
+                self._store.remove(node)
         _check_elder(lease, other)
         return lease
 
@@ -371,10 +381,10 @@ def _check_elder(lease: Lease, other: Lease | None) -> None:
         )
 
 
-def _read_leases(snapshot: Snapshot) -> tuple[list[Lease], list[IPv4Network], list[str]]:
+def _read_leases(nodes: Iterable[Node]) -> tuple[list[Lease], list[IPv4Network], list[str]]:
     """Return the readable leases, the ranges of unreadable ones, and a note for each of these."""
     leases, taken, notes = [], [], []
-    for node in snapshot.nodes:
+    for node in nodes:
         try:
             leases.append(
                 parse_lease(node.name, node.value, node.ttl, node.index, node.created_index)
@@ -385,6 +395,11 @@ def _read_leases(snapshot: Snapshot) -> tuple[list[Lease], list[IPv4Network], li
             if blocked is not None:
                 taken.append(blocked)
     return leases, taken, notes
+
+
+def _node_of(lease: Lease, snapshot: Snapshot) -> Node:
+    """Return the key that a lease was read from."""
+    return next(node for node in snapshot.nodes if node.name == lease.key)
 
 
 def _status(own: Lease, node: Node | None) -> LeaseStatus:

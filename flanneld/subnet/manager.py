@@ -53,7 +53,7 @@ class SubnetManager(Protocol):
         """Lease a subnet for this host: its present one, its previous one, or a new one.
 
         Waits for the store, and for a free subnet. Raises Stopped when ``stop`` is set, and
-        ConfigChanged if the network config changes while there is no free subnet.
+        ConfigChanged if the network config is another, or gone, after a wait.
         """
         ...
 

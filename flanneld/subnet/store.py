@@ -6,8 +6,9 @@ The keys are the names directly below ``<prefix>/subnets``, such as ``10.5.34.0-
 The contract, which everything above relies on:
 
 * A write is always conditional. `LeaseStore.create` succeeds only if the key is absent,
-  `LeaseStore.swap` and `LeaseStore.remove` only if the key's index is the one given. Nothing
-  overwrites what somebody else has written meanwhile.
+  `LeaseStore.swap` and `LeaseStore.remove` only if the key still has the index and the value of
+  the node given. Nothing overwrites what somebody else has written meanwhile. The index alone
+  does not tell that: a store restored from a backup gives it a second time, to another write.
 * `CompareFailed` and `KeyNotFound` mean that the write was not carried out. After
   `StoreUnavailable` it may have been: the caller reads again before it decides.
 * Reads are linearizable (etcd: quorum reads). Polls need not be: a member that lags behind says
@@ -106,12 +107,12 @@ class LeaseStore(Protocol):
         """Create a key, with ``ttl`` seconds to live. Raises `CompareFailed` if it exists."""
         ...
 
-    def swap(self, name: str, value: str, ttl: int | None, index: int) -> Node:
-        """Write a key whose index is ``index``. Raises `CompareFailed` or `KeyNotFound`."""
+    def swap(self, before: Node, value: str, ttl: int | None) -> Node:
+        """Write a key that still is ``before``. Raises `CompareFailed` or `KeyNotFound`."""
         ...
 
-    def remove(self, name: str, index: int) -> None:
-        """Delete a key whose index is ``index``. Raises `CompareFailed` or `KeyNotFound`."""
+    def remove(self, before: Node) -> None:
+        """Delete a key that still is ``before``. Raises `CompareFailed` or `KeyNotFound`."""
         ...
 
     def poll(self, name: str | None, after: int, timeout: float) -> Poll:

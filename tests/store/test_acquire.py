@@ -11,7 +11,7 @@ import pytest
 
 from flanneld.errors import LeaseLost, Stopped, StoreUnavailable
 from flanneld.subnet import local_manager
-from flanneld.subnet.config import Config
+from flanneld.subnet.config import Config, parse_config
 from flanneld.subnet.lease import Lease
 from flanneld.subnet.local_manager import LEASE_TTL, LocalManager
 from lab.etcdv2 import Node
@@ -20,6 +20,7 @@ from .hosts import NETWORK, OWN_IP, SOON, Cluster, attrs, peer_ip
 from .servers import Action, Forward, Request, Server
 
 OWN = "10.5.7.0/24"
+WIDE = "10.5.4.0/22"
 NEW = attrs(mac="da:63:8f:5d:82:15")
 
 
@@ -248,6 +249,57 @@ def test_two_hosts_race_for_one_subnet(cluster: Cluster, monkeypatch: pytest.Mon
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(acquire_and_leave, range(2), timeout=60))
     assert sorted(order) == [0, 1]
+
+
+@pytest.mark.parametrize("written_between", [False, True])
+@pytest.mark.parametrize(("first", "second"), [(OWN, WIDE), (WIDE, OWN)])
+def test_of_two_overlapping_creations_the_first_is_kept(
+    cluster: Cluster, first: str, second: str, written_between: bool
+) -> None:
+    """SubnetLen was changed between two hosts' starts: etcd takes both keys, in this order.
+
+    With a write in between the first host, too, has to look again, and finds both.
+    """
+    looked, took = threading.Barrier(2), [threading.Event(), threading.Event()]
+
+    def host(number: int, subnet: str) -> Lease:
+        stages = ["look", "create", "look again"]
+
+        def behave(request: Request) -> Action:
+            stage = stages.pop(0) if stages else ""
+            assert request.is_write is (stage == "create") or not stage
+            if stage == "create":
+                looked.wait(SOON)
+                if number == 1:
+                    assert took[0].wait(SOON)
+                elif written_between:
+                    with cluster.etcd.client() as client:
+                        client.put("/elsewhere", "")
+            if stage == "look again":
+                took[number].set()
+                assert all(event.wait(SOON) for event in took)
+            return Forward.ANSWER
+
+        with Server(behave, upstream=cluster.etcd.url) as proxy:
+            manager = cluster.manager(subnet, endpoints=proxy.url)
+            lease = cluster.acquire(manager, configs[number], attrs(peer_ip(number)))
+            took[number].set()
+            return lease
+
+    configs = [
+        parse_config(f'{{"Network":"10.5.0.0/16","SubnetLen":{subnet.rpartition("/")[2]}}}')
+        for subnet in (first, second)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        leases = list(pool.map(host, range(2), (first, second), timeout=60))
+    assert str(leases[0].subnet) == first
+    assert leases[1].subnet.prefixlen == IPv4Network(second).prefixlen
+    assert not leases[0].subnet.overlaps(leases[1].subnet)
+    held = {name: node.json()["PublicIP"] for name, node in cluster.leases().items()}
+    assert held == {lease.key: peer_ip(number) for number, lease in enumerate(leases)}
+    first_key = cluster.get(first)
+    assert first_key is not None
+    assert first_key.created_index == first_key.modified_index == leases[0].created_index
 
 
 def test_twenty_hosts_start_at_once(cluster: Cluster) -> None:

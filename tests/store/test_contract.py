@@ -2,6 +2,9 @@
 
 import json
 import threading
+from dataclasses import replace
+from http.client import HTTPConnection
+from urllib.parse import urlencode
 
 import pytest
 
@@ -114,13 +117,14 @@ def test_created_without_ttl_never_expires(store: EtcdV2Store, client: EtcdV2, p
     assert stored.ttl is None
 
 
-def test_swap_only_at_the_index_given(store: EtcdV2Store, client: EtcdV2, prefix: str) -> None:
+def test_swap_only_of_the_key_as_it_was(store: EtcdV2Store, client: EtcdV2, prefix: str) -> None:
     first = store.create(NAME, VALUE, 86400)
-    second = store.swap(NAME, "new", 5000, first.index)
+    second = store.swap(first, "new", 5000)
     assert (second.value, second.ttl, second.index) == ("new", 5000, client.index())
-    with pytest.raises(CompareFailed, match=r"^101: Compare failed"):
-        store.swap(NAME, "late", 5000, first.index)
-    third = store.swap(NAME, "new", None, second.index)
+    for other in (first, replace(first, value="new"), replace(second, value=VALUE)):
+        with pytest.raises(CompareFailed, match=r"^101: Compare failed"):
+            store.swap(other, "late", 5000)
+    third = store.swap(second, "new", None)
     assert third.ttl is None
     stored = client.get(f"{prefix}/subnets/{NAME}")
     assert stored is not None
@@ -129,29 +133,79 @@ def test_swap_only_at_the_index_given(store: EtcdV2Store, client: EtcdV2, prefix
 
 def test_swap_of_an_absent_key_does_not_create_it(store: EtcdV2Store, client: EtcdV2) -> None:
     with pytest.raises(KeyNotFound) as caught:
-        store.swap(NAME, VALUE, 86400, 5)
+        store.swap(Node(NAME, VALUE, None, 5), VALUE, 86400)
     assert caught.value.index == client.index()
     assert store.snapshot().nodes == ()
 
 
-def test_remove_only_at_the_index_given(store: EtcdV2Store) -> None:
+def test_remove_only_of_the_key_as_it_was(store: EtcdV2Store) -> None:
     node = store.create(NAME, VALUE, 86400)
-    with pytest.raises(CompareFailed, match=r"^101: Compare failed"):
-        store.remove(NAME, node.index + 1)
+    for other in (replace(node, index=node.index + 1), replace(node, value="other")):
+        with pytest.raises(CompareFailed, match=r"^101: Compare failed"):
+            store.remove(other)
     assert store.read(NAME)[0] == node
-    store.remove(NAME, node.index)
+    store.remove(node)
     assert store.read(NAME)[0] is None
     with pytest.raises(KeyNotFound):
-        store.remove(NAME, node.index)
+        store.remove(node)
+
+
+# Of the last two the first line of the request, with the value in it, is short enough or not.
+@pytest.mark.parametrize(
+    "value",
+    ["", VALUE, "<&>\u2028ü網 %2F+\n", "\udcff\udcfe", '"' * 682, '"' * 683, "x" * 10**6],
+    ids=["empty", "lease", "any text", "no text", "long", "too long", "a megabyte"],
+)
+def test_whatever_a_key_holds_it_can_be_compared(
+    etcd: Etcd, client: EtcdV2, store: EtcdV2Store, prefix: str, value: str
+) -> None:
+    key = f"/v2/keys{prefix}/subnets/{NAME}"
+    form = urlencode({"value": value}, errors="surrogateescape")
+    connection = HTTPConnection(etcd.url.removeprefix("http://"))
+    for end in ("swap", "remove"):
+        content = {"Content-Type": "application/x-www-form-urlencoded"}
+        connection.request("PUT", key, form, content)
+        connection.getresponse().read()
+        node = store.read(NAME)[0]
+        assert node is not None
+        with pytest.raises(CompareFailed):
+            store.swap(replace(node, index=node.index - 1), VALUE, 60)
+        with pytest.raises(CompareFailed):
+            store.remove(replace(node, index=node.index - 1))
+        if end == "swap":
+            assert store.swap(node, VALUE, 60).value == VALUE
+        else:
+            store.remove(node)
+    connection.close()
+    assert client.get(f"{prefix}/subnets/{NAME}") is None
+
+
+def test_a_write_for_a_key_of_another_history_is_refused(
+    own_etcd: Etcd, make_store: MakeStore, prefix: str
+) -> None:
+    """An etcd that was emptied counts anew: another host's key has the index that ours had."""
+    store, key = make_store(own_etcd.url), f"{prefix}/subnets/{NAME}"
+    ours = store.create(NAME, VALUE, 3600)
+    own_etcd.wipe()
+    with own_etcd.client() as client:
+        while client.index() < ours.index - 1:
+            client.put("/elsewhere", "")
+        other = client.put(key, attrs(peer_ip(1)).encode(), ttl=3600)
+        assert other.modified_index == ours.index
+        with pytest.raises(CompareFailed):
+            store.swap(ours, VALUE, 86400)
+        with pytest.raises(CompareFailed):
+            store.remove(ours)
+        assert client.get(key) == other
 
 
 @pytest.mark.parametrize("index", [0, -1])
 def test_an_index_that_etcd_would_ignore_is_never_sent(store: EtcdV2Store, index: int) -> None:
     node = store.create(NAME, VALUE, 86400)
     with pytest.raises(ValueError, match="needs an index"):
-        store.swap(NAME, "x", 86400, index)
+        store.swap(replace(node, index=index), "x", 86400)
     with pytest.raises(ValueError, match="needs an index"):
-        store.remove(NAME, index)
+        store.remove(replace(node, index=index))
     assert store.read(NAME)[0] == node
 
 
@@ -160,7 +214,7 @@ def test_key_that_is_a_directory_is_an_error_of_the_store(
 ) -> None:
     client.put(f"{prefix}/subnets/{NAME}/x", "")
     with pytest.raises(StoreError, match=r"^102: Not a file"):
-        store.swap(NAME, VALUE, 86400, client.index())
+        store.swap(Node(NAME, "", None, client.index()), VALUE, 86400)
 
 
 def test_poll_replays_the_events_one_by_one(
@@ -311,7 +365,7 @@ def test_threads_share_a_store(store: EtcdV2Store) -> None:
             if poll.event is None or poll.event.node != node:
                 problems.append((name, turn, poll))
             index = poll.index
-            node = store.swap(name, str(turn), None, node.index)
+            node = store.swap(node, str(turn), None)
 
     threads = [threading.Thread(target=use, args=(number,)) for number in range(8)]
     for thread in threads:

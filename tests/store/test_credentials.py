@@ -56,7 +56,7 @@ def test_tls_with_client_certificate(
     assert event is not None
     assert event.node == node
     assert store.poll(None, node.index, 0.2).event is None
-    store.remove(NAME, node.index)
+    store.remove(node)
     assert make_store(secure.url, at=PREFIX, credentials=good).read_config() == NETWORK
 
 
@@ -225,9 +225,9 @@ def test_basic_auth(own_etcd: Etcd, make_store: MakeStore, login: Login) -> None
         with pytest.raises(StoreDenied):
             store.snapshot()
         with pytest.raises(StoreDenied):
-            store.swap(NAME, "stolen", 3600, node.index)
+            store.swap(node, "stolen", 3600)
         with pytest.raises(StoreDenied):
-            store.remove(NAME, node.index)
+            store.remove(node)
         with pytest.raises(StoreDenied):
             store.poll(None, node.index, 1)
     elsewhere = make_store(

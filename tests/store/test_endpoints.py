@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -224,8 +225,8 @@ def test_request_is_never_repeated_by_itself(
         node = make_store(etcd.url).create("other", VALUE, 60)
         attempts: list[Callable[[], object]] = [
             lambda: store.create(NAME, VALUE, 60),
-            lambda: store.swap("other", "changed", 60, node.index),
-            lambda: store.remove("other", node.index),
+            lambda: store.swap(node, "changed", 60),
+            lambda: store.remove(node),
         ]
         for number, attempt in enumerate(attempts, 1):
             with pytest.raises(StoreUnavailable):
@@ -251,7 +252,7 @@ def test_create_whose_answer_is_lost_is_adopted(
         writes = proxy.writes()
     assert [write.target.partition("?")[2] for write in writes] == [
         "prevExist=false",
-        f"prevIndex={client.index() - 1}",
+        urlencode({"prevIndex": client.index() - 1, "prevValue": attrs().encode()}),
     ]
     assert writes[0].target.partition("?")[0] == writes[1].target.partition("?")[0]
     assert cluster.leases().keys() == {lease.key}
@@ -266,7 +267,7 @@ def test_write_after_etcd_restarted_is_not_taken_for_lost(
     store = make_store(own_etcd.url)
     node = store.create(NAME, VALUE, 60)
     own_etcd.restart()
-    assert store.swap(NAME, "new", 60, node.index).value == "new"
+    assert store.swap(node, "new", 60).value == "new"
 
 
 def start_and_close(store: EtcdV2Store, call: Callable[[], object], ready: float) -> None:

@@ -23,7 +23,7 @@ from flanneld.errors import (
 from flanneld.subnet import etcd_member
 from flanneld.subnet.etcd_member import Credentials
 from flanneld.subnet.etcdv2 import EtcdV2Store
-from flanneld.subnet.store import Poll, Snapshot
+from flanneld.subnet.store import Node, Poll, Snapshot
 from lab.etcd import Etcd
 from lab.etcdv2 import EtcdV2
 
@@ -32,14 +32,15 @@ from .servers import Server, Stall, answer, poll_head
 
 NAME = "10.5.17.0-24"
 KEY = f"/p/subnets/{NAME}"
+NODE = Node(NAME, "{}", 60, 5)
 
 CALLS: dict[str, Callable[[EtcdV2Store], object]] = {
     "read_config": lambda store: store.read_config(),
     "snapshot": lambda store: store.snapshot(),
     "read": lambda store: store.read(NAME),
     "create": lambda store: store.create(NAME, "v", 60),
-    "swap": lambda store: store.swap(NAME, "v", 60, 5),
-    "remove": lambda store: store.remove(NAME, 5),
+    "swap": lambda store: store.swap(NODE, "v", 60),
+    "remove": lambda store: store.remove(NODE),
     "poll all": lambda store: store.poll(None, 5, 0.3),
     "poll own": lambda store: store.poll(NAME, 5, 0.3),
 }

@@ -8,7 +8,7 @@ import pytest
 
 from flanneld.subnet.etcdv2 import EtcdV2Store
 from flanneld.subnet.lease import LeaseAttrs
-from flanneld.subnet.store import Change
+from flanneld.subnet.store import Change, Node
 from lab.etcd import Etcd
 from lab.etcdv2 import EtcdV2
 
@@ -48,9 +48,10 @@ def sent_by_recorded_session(make_store: MakeStore) -> list[str]:
         store.poll(None, 5, 1)
         store.poll(NAME, 5, 1)
         vxlan = LeaseAttrs(OWN_IP, "vxlan", '{"VtepMAC":"da:63:8f:5d:82:15"}').encode()
-        store.swap("10.5.7.0-24", vxlan, 86400, 5)
-        store.swap("10.5.7.0-24", vxlan, None, 5)
-        store.remove("10.5.7.0-24", 5)
+        before = Node("10.5.7.0-24", "{}", 60, 5)
+        store.swap(before, vxlan, 86400)
+        store.swap(before, vxlan, None)
+        store.remove(before)
         return [str(request) for request in server.requests]
 
 
@@ -63,9 +64,9 @@ def test_requests_are_byte_for_byte_those_of_the_original(make_store: MakeStore)
         recorded(f"GET {keys}/subnets/{NAME}?quorum"),
         recorded(f"GET {keys}/subnets?recursive=true&wait"),
         recorded(f"GET {keys}/subnets/{NAME}?recursive=false&wait"),
-        # The original's writes of a key that exists have no condition; ours name its index.
+        # The original's writes of a key that exists have no condition; ours say what it was.
         *(
-            recorded(start).replace("10.5.7.0-24", "10.5.7.0-24?prevIndex=5")
+            recorded(start).replace("10.5.7.0-24", "10.5.7.0-24?prevIndex=5&prevValue=%7B%7D")
             for start in (
                 f"PUT {keys}/subnets/10.5.7.0-24 ttl",
                 f"PUT {keys}/subnets/10.5.7.0-24 value",
@@ -85,10 +86,10 @@ def test_real_etcd_understands_them(
         assert created.name == NAME
         assert created.value == VALUE
         assert created.ttl == 86400
-        swapped = store.swap(NAME, "changed & <b>ä+%", None, created.index)
+        swapped = store.swap(created, "changed & <b>ä+%", None)
         assert (swapped.value, swapped.ttl) == ("changed & <b>ä+%", None)
         assert store.poll(None, created.index, 5).index == swapped.index
-        store.remove(NAME, swapped.index)
+        store.remove(swapped)
         assert len(proxy.requests) == 4
     assert client.get(f"{prefix}/subnets/{NAME}") is None
 
@@ -105,7 +106,7 @@ def test_names_of_keys_are_escaped(
     poll = store.poll(name, node.index - 1, 5)
     assert poll.event is not None
     assert poll.event.name == name
-    store.remove(name, node.index)
+    store.remove(node)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def use(store):
     store.poll(None, node.index, 0.1)
     poller = threading.Thread(target=poll, args=(store, node.index))
     poller.start()
-    store.remove("10.5.1.0-24", node.index)
+    store.remove(node)
     poller.join()
 
 def poll(store, index):

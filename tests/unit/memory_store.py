@@ -157,7 +157,12 @@ class MemoryStore:
         self.down = False
 
     def read_config(self) -> str:
-        return self._call("config", lambda: self.data.config)
+        def look() -> str:
+            if not self.data.config:
+                raise KeyNotFound("100: Key not found (/config)", self.data.index)
+            return self.data.config
+
+        return self._call("config", look)
 
     def snapshot(self) -> Snapshot:
         def take() -> Snapshot:
@@ -177,16 +182,16 @@ class MemoryStore:
 
         return self._call("create", write, write=True)
 
-    def swap(self, name: str, value: str, ttl: int | None, index: int) -> Node:
+    def swap(self, before: Node, value: str, ttl: int | None) -> Node:
         def write() -> Node:
-            return self.data.put(name, value, ttl, self._compare(name, index).created)
+            return self.data.put(before.name, value, ttl, self._compare(before).created)
 
         return self._call("swap", write, write=True)
 
-    def remove(self, name: str, index: int) -> None:
+    def remove(self, before: Node) -> None:
         def write() -> None:
-            self._compare(name, index)
-            self.data.delete(name)
+            self._compare(before)
+            self.data.delete(before.name)
 
         self._call("remove", write, write=True)
 
@@ -218,13 +223,13 @@ class MemoryStore:
             self.down = down
             self.data.changed.notify_all()
 
-    def _compare(self, name: str, index: int) -> Key:
-        assert index > 0
-        key = self.data.keys.get(name)
+    def _compare(self, before: Node) -> Key:
+        assert before.index > 0
+        key = self.data.keys.get(before.name)
         if key is None:
-            raise KeyNotFound(f"100: Key not found ({name})", self.data.index)
-        if key.index != index:
-            raise CompareFailed(f"101: Compare failed ([{index} != {key.index}])")
+            raise KeyNotFound(f"100: Key not found ({before.name})", self.data.index)
+        if (key.value, key.index) != (before.value, before.index):
+            raise CompareFailed(f"101: Compare failed ({before} != {key})")
         return key
 
     def _call(self, name: str, action: Callable[[], T], *, write: bool = False) -> T:

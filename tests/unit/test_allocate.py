@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flanneld.errors import OutOfSubnets
@@ -298,6 +298,7 @@ def test_first_free_is_the_walk(situation: tuple[Config, list[IPv4Network]]) -> 
     assert first_free(taken, cfg) == list(walk(cfg, taken))[:100]
 
 
+@settings(deadline=None)
 @given(situations(), st.data())
 def test_any_decision_is_sound(
     situation: tuple[Config, list[IPv4Network]], data: st.DataObject

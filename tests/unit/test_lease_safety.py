@@ -254,7 +254,8 @@ class LeaseSafety(RuleBasedStateMachine):
         """A daemon ends by itself only if its subnet is another's, or it was altered too often."""
         for host in self.network.hosts:
             if host.ended is not None:
-                assert isinstance(host.ended, LeaseLost), repr(host.ended)
+                if not isinstance(host.ended, LeaseLost):
+                    raise host.ended
                 assert "keeps writing" in str(host.ended) or self._taken_from(host), str(host.ended)
                 host.ended = None
 
@@ -277,7 +278,7 @@ class LeaseSafety(RuleBasedStateMachine):
         taken: list[IPv4Network | None] = []
         for node in decided_on.nodes:
             try:
-                found = parse_lease(node.name, node.value, node.ttl, node.index)
+                found = parse_lease(node.name, node.value, node.ttl, node.index, node.created_index)
             except BadLease:
                 taken.append(taken_range(node.name))
                 continue
@@ -287,7 +288,10 @@ class LeaseSafety(RuleBasedStateMachine):
             mine.subnet
             for mine in own
             if compatible(mine.subnet, config)
-            and not any(mine.subnet.overlaps(other.subnet) for other in others)
+            and not any(
+                mine.subnet.overlaps(other.subnet) and other.created_index < mine.created_index
+                for other in others
+            )
         ]
         if usable:
             assert lease.subnet in usable
@@ -302,7 +306,15 @@ class LeaseSafety(RuleBasedStateMachine):
 
 
 class LeaseSafetyAmongWriters(LeaseSafety):
-    """As well, operators write keys, the config changes, and the store loses what it was told."""
+    """As well, operators write keys, the config changes, and the store loses what it was told.
+
+    The promise is the same, by the keys that the store has: no host writes into another's lease or
+    ends a reservation, and no two that hold their keys overlap. A host whose key a restore has
+    taken away, or an operator, holds it again when it has written it again. Not asked for is what
+    nothing in the store tells; docs/operations.md has the list. Restores between a read and the
+    write it leads to are allowed, but chance seldom brings the index that matters:
+    test_local_manager has that.
+    """
 
     @rule(texts=st.permutations(CONFIGS[:2]), numbers=st.permutations(range(HOSTS)), turns=TURNS)
     def start_while_the_config_changes(
@@ -361,12 +373,7 @@ class LeaseSafetyAmongWriters(LeaseSafety):
         self.data.expire()
 
 
-LeaseSafety.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+for model in (LeaseSafety, LeaseSafetyAmongWriters):
+    model.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestLeaseSafety = LeaseSafety.TestCase
-
-# The same schedules each time: a search for new ones that goes on for hours still finds some in
-# which several rare things meet (docs/operations.md names what cannot be told apart).
-LeaseSafetyAmongWriters.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=40, deadline=None, derandomize=True
-)
 TestLeaseSafetyAmongWriters = LeaseSafetyAmongWriters.TestCase

@@ -8,7 +8,7 @@ import threading
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_store import PATIENCE, Clock, Data, MemoryStore, Stop
 
@@ -150,6 +150,27 @@ def test_a_host_with_another_subnet_len_was_faster_and_its_key_is_spoilt(
     assert set(held(store)) == {WIDE, lease.key}
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_a_store_was_restored_between_look_and_creation(
+    store: MemoryStore, manager: LocalManager, stop: Stop, running: bool
+) -> None:
+    """It counts on from the index of the look; nothing but a second look tells of the other."""
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    store.data.delete(KEY)
+    store.data.put(WIDE, OTHER)
+    backup = store.data.backup()
+    store.data.restore((backup[0], {}))
+    store.before_write.append(lambda: store.data.restore(backup))
+    if running:
+        with pytest.raises(LeaseLost, match="which overlaps"):
+            manager.keep_lease(lease)
+        assert set(held(store)) == {WIDE}
+        return
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    assert not lease.subnet.overlaps(IPv4Network("10.5.32.0/22"))
+    assert set(held(store)) == {WIDE, lease.key}
+
+
 def test_a_host_with_another_subnet_len_was_slower(
     store: MemoryStore, manager: LocalManager, stop: Stop
 ) -> None:
@@ -255,8 +276,58 @@ def test_a_full_network_whose_config_cannot_be_read_is_waited_for(
     store.data.put("10.5.2.0-24", OTHER, 4)
     store.faults.extend([None, fault])
     assert manager.acquire_lease(config, ATTRS, stop).subnet == IPv4Network("10.5.2.0/24")
-    assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE]
-    assert store.calls == ["config", "snapshot", "config", "snapshot", "create"]
+    assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE, 1.0]
+    assert store.calls[:-1] == ["config", "snapshot", "config", "config", "snapshot", "create"]
+
+
+@pytest.mark.parametrize("text", [SMALL_TEXT, ""], ids=["another", "none"])
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_store_that_was_away_may_have_another_config(
+    store: MemoryStore, manager: LocalManager, stop: Stop, text: str, failures: int
+) -> None:
+    config = manager.network_config()
+
+    def come_back() -> None:
+        if len(stop.waits) == failures:
+            store.data.config = text
+
+    store.on_call = come_back
+    store.faults.extend(["before"] * failures)
+    with pytest.raises(ConfigChanged, match="config has changed"):
+        manager.acquire_lease(config, ATTRS, stop)
+    assert stop.waits == [1.0] * failures
+    assert store.data.keys == {}
+
+
+def test_a_store_that_was_away_and_has_the_same_config(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    config = manager.network_config()
+    store.faults.extend(["before", "before"])
+    assert manager.acquire_lease(config, ATTRS, stop).subnet == SUBNET
+    assert stop.waits == [1.0] * 2
+    assert store.calls[:-1] == ["config", "snapshot", "config", "config", "snapshot", "create"]
+
+
+def test_what_keeps_a_host_from_its_subnet_is_said_though_none_is_free(
+    store: MemoryStore, manager: LocalManager, stop: Stop, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.data.config = SMALL_TEXT
+    config = manager.network_config()
+    fill(store)
+    store.data.put("10.6.7.0-24", ATTRS.encode())
+
+    def third_look_is_the_last() -> None:
+        if len(stop.waits) == 2:
+            stop.set()
+
+    store.on_call = third_look_is_the_last
+    with caplog.at_level("WARNING"), pytest.raises(Stopped):
+        manager.acquire_lease(config, ATTRS, stop)
+    reserved = "Found lease (10.6.7.0/24) for current IP (10.97.0.1) but not compatible"
+    assert caplog.text.count(reserved) == 1
+    assert caplog.text.count(f"Found previously leased subnet ({SUBNET}) that is not") == 1
+    assert caplog.text.count("failed to acquire lease: out of subnets") == 1
 
 
 def test_acquiring_ends_when_asked_to(
@@ -303,6 +374,7 @@ HOSTS = st.lists(FAULTS, min_size=2, max_size=4)
 REMEMBERED = st.sampled_from([None, IPv4Network("10.5.1.0/24"), IPv4Network("10.5.2.0/24")])
 
 
+@settings(deadline=None)
 @given(
     HOSTS,
     st.lists(REMEMBERED, min_size=4, max_size=4),
@@ -339,7 +411,7 @@ def test_no_subnet_ever_has_two_hosts(
     for host, thread in enumerate(threads):
         thread.start()
         turns.arrived[host].acquire(timeout=PATIENCE)
-    for host in [*(turn % count for turn in schedule), *list(range(count)) * 20]:
+    for host in [*(turn % count for turn in schedule), *list(range(count)) * 30]:
         turns.take(host)
         check_owners(leases, data)
     stop.set()
@@ -484,6 +556,28 @@ def test_an_index_says_nothing_in_a_store_that_was_emptied(
     with pytest.raises(LeaseLost):
         manager.keep_lease(lease)
     assert held(store) == {KEY: (OTHER, 60)}
+
+
+@pytest.mark.parametrize("step", ["keep", "acquire", "give back"])
+def test_a_store_was_restored_between_read_and_write(
+    store: MemoryStore, manager: LocalManager, lease: Lease, stop: Stop, step: str
+) -> None:
+    """Another host's key has the index that ours was read with."""
+
+    def restore() -> None:
+        store.data.restore((lease.modified_index - 1, {}))
+        store.data.put(KEY, OTHER, 60)
+        assert store.data.keys[KEY].index == lease.modified_index
+
+    store.before_write.append(restore)
+    if step == "keep":
+        with pytest.raises(LeaseLost):
+            manager.keep_lease(lease)
+    elif step == "acquire":
+        assert manager.acquire_lease(CONFIG, ATTRS, stop).subnet != SUBNET
+    else:
+        manager.acquire_lease(parse_config('{"Network":"10.6.0.0/16"}'), ATTRS, stop)
+    assert store.data.keys[KEY].value == OTHER
 
 
 @pytest.mark.parametrize("ttl", [None, 60])
