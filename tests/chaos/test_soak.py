@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from soak import run, strikes
+from soak import kernel, run
 from soak.faults import ALL, FAULTS, Fault, faults_of, named
 from soak.record import Process, Record
 from soak.report import report
@@ -28,6 +28,9 @@ SHORT = (
     "etcd leader killed",
     "daemon killed",
     "lease overwritten",
+    "wall clock jumps",
+    "kernel refuses",
+    "subnet handed over",
     "host replaced",
     "etcd restored",
 )
@@ -58,24 +61,26 @@ def test_a_short_soak(tmp_path: Path) -> None:
 def end_a_daemon(world: World) -> Strike:
     daemon = world.daemons[-1]
     daemon.kill9()
+    world.revoked.append("(10.5.1.0/24 is now held by 10.97.0.77)")
     return Strike(daemon.host.label)
 
 
 @pytest.mark.usefixtures("_machine")
 def test_a_soak_sees_what_is_not_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packets lost where none may be, and a network that does not become as it was."""
+    """Packets lost where none may be, a network that does not become as it was, a silent daemon."""
     monkeypatch.setattr(run, "CONVERGENCE", 2.0)
     unplug, end = (
-        Fault("cut", "", strikes.unplug_host, hold=(1.0, 1.0)),
+        Fault("cut", "", kernel.unplug_host, hold=(1.0, 1.0)),
         Fault("ended", "", end_a_daemon),
     )
     record = soak(seed=8, minutes=5, backend="vxlan", only=[unplug, end], period=2.0)
     assert record.events[0].lost_wrongly > 0
     assert record.events[0].converged is not None
     assert record.events[1].converged is None
-    one, two = sorted(record.failures)
+    one, two, three = sorted(record.failures)
     assert "packets lost where none may be" in one
     assert "the daemon of h5 has ended" in two
+    assert three == "no daemon said: (10.5.1.0/24 is now held by 10.97.0.77)"
     assert "Not as promised" in report(record)
 
 

@@ -6,6 +6,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
+from garbage import nonsense
 from network import MakeLab, RouteMonitor, client_of, key_of, put_config, start
 from overlay import put_peer
 
@@ -27,31 +28,6 @@ NAMES = [
     *("10.5.0.0-16", "10.5.0.0-17", "0.0.0.0-0", "10.5.70.7-32", "10.5.70.9-24", "foo", "a b"),
     *("10.5.1.0-24\u2028", "x" * 200, "10.5.50.0-25/below"),
 ]
-
-
-IPS: list[object] = ["10.97.0.1", "10.97.0.99", "127.0.0.1", "::1", None, 5, "x\n"]
-MACS: list[object] = ["02:00:00:00:00:01", "ff:ff:ff:ff:ff:ff", "", "\n", "02:0", 7, None, []]
-
-
-VALUE = (
-    '{"PublicIP":"10.97.0.77","BackendType":"vxlan","BackendData":{"VtepMAC":"02:00:00:00:00:77"}}'
-)
-
-
-def nonsense(source: random.Random) -> str:
-    """A value that looks like a lease more or less; now and then only its key is wrong."""
-    if source.random() < 0.05:
-        return VALUE
-    mac = source.choice(MACS)
-    value: dict[str, object] = {
-        "PublicIP": source.choice(IPS),
-        "BackendType": source.choice(["vxlan", "host-gw", "", "udp\nE1122", None, 3]),
-        "BackendData": source.choice([{"VtepMAC": mac}, None, "x", [[]], {"VtepMAC": [mac]}]),
-        "more": source.randbytes(source.choice([0, 10, 4000])).hex(),
-    }
-    text = json.dumps(value)
-    cut = source.choice([len(text), len(text), source.randrange(len(text))])
-    return text[:cut] + source.choice(["", "", "\x00", "[" * 3000])
 
 
 def write(client: EtcdV2, source: random.Random, count: int) -> None:

@@ -7,7 +7,7 @@ many seconds after. All else is lost wrongly.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from . import strikes
+from . import kernel, strikes
 from .pinger import pair_of
 from .strikes import Strike
 from .world import World
@@ -74,6 +74,9 @@ FAULTS = (
         _AWHILE,
     ),
     Fault(
+        "wall clock jumps", "the wall clock jumps, or the host was suspended", strikes.jump_clock
+    ),
+    Fault(
         "udp tunnel killed",
         "the udp tunnel's process dies, or does not answer",
         strikes.kill_tunnel,
@@ -89,6 +92,7 @@ FAULTS = (
     Fault(
         "etcd quorum lost", "most members of an etcd cluster are down", strikes.kill_quorum, _AWHILE
     ),
+    Fault("etcd rolling restart", _MEMBER, strikes.restart_one_by_one),
     Fault("etcd all killed", _GONE, strikes.kill_all, _AWHILE),
     Fault("etcd emptied", _STORE, strikes.empty),
     Fault("etcd restored", _STORE, strikes.restore),
@@ -96,32 +100,47 @@ FAULTS = (
     Fault("own lease deleted", _RENEWAL, strikes.delete_lease),
     Fault("lease overwritten", "our key is overwritten with nonsense", strikes.spoil_lease),
     Fault("foreign keys", "nonsense below `subnets/` in etcd", strikes.write_garbage, _AT_ONCE),
+    Fault(
+        "burst of garbage",
+        "nonsense below `subnets/` in etcd",
+        strikes.burst_of_garbage,
+        _AT_ONCE,
+    ),
     Fault("reservation", "Reserve a subnet for a host", strikes.reserve, _AT_ONCE),
     Fault("short lease ends", "Free a subnet at once", strikes.short_lease, (4.0, 4.0)),
+    Fault("subnet handed over", "our subnet is held by another host", strikes.hand_over_subnet),
     Fault("host replaced", "Remove flannel from a host", strikes.replace_host),
-    Fault("route spoilt", _ROUTE, strikes.spoil_route, (0.0, 0.0), 1.0, KERNEL, KERNEL),
-    Fault("tun route spoilt", _ROUTE, strikes.spoil_tun_route, (0.0, 0.0), 1.0, ["udp"], ["udp"]),
+    Fault("route spoilt", _ROUTE, kernel.spoil_route, (0.0, 0.0), 1.0, KERNEL, KERNEL),
+    Fault("tun route spoilt", _ROUTE, kernel.spoil_tun_route, (0.0, 0.0), 1.0, ["udp"], ["udp"]),
     Fault(
-        "neighbour spoilt", _ENTRY, strikes.spoil_neighbour, (0.0, 0.0), 1.0, ["vxlan"], ["vxlan"]
+        "neighbour spoilt", _ENTRY, kernel.spoil_neighbour, (0.0, 0.0), 1.0, ["vxlan"], ["vxlan"]
     ),
-    Fault("FDB entry spoilt", _ENTRY, strikes.spoil_fdb, (0.0, 0.0), 1.0, ["vxlan"], ["vxlan"]),
-    Fault("all flushed", _ROUTE, strikes.flush_all, (0.0, 0.0), 1.0, KERNEL, KERNEL),
-    Fault("device deleted", _DEVICE, strikes.delete_device, (0.0, 0.0), 2.0, DEVICE, DEVICE),
-    Fault("device down", _DEVICE, strikes.down_device, (0.0, 0.0), 2.0, DEVICE, DEVICE),
-    Fault("device changed", _DEVICE, strikes.change_device, (0.0, 0.0), 2.0, DEVICE, DEVICE),
+    Fault("FDB entry spoilt", _ENTRY, kernel.spoil_fdb, (0.0, 0.0), 1.0, ["vxlan"], ["vxlan"]),
+    Fault("all flushed", _ROUTE, kernel.flush_all, (0.0, 0.0), 1.0, KERNEL, KERNEL),
+    Fault("device deleted", _DEVICE, kernel.delete_device, (0.0, 0.0), 2.0, DEVICE, DEVICE),
+    Fault("device down", _DEVICE, kernel.down_device, (0.0, 0.0), 2.0, DEVICE, DEVICE),
+    Fault("device changed", _DEVICE, kernel.change_device, (0.0, 0.0), 2.0, DEVICE, DEVICE),
     Fault(
         "eth0 down",
         "the interface goes down and up (host-gw)",
-        strikes.down_interface,
+        kernel.down_interface,
         _AWHILE,
         2.0,
         ALL,
     ),
-    Fault("host unplugged", _GONE, strikes.unplug_host, _AWHILE, 2.0, ALL),
+    Fault("host unplugged", _GONE, kernel.unplug_host, _AWHILE, 2.0, ALL),
     Fault(
         "masquerade flushed",
         "somebody flushes the masquerade or forward rules (firewalld, docker, a person)",
-        strikes.flush_masquerade,
+        kernel.flush_masquerade,
+    ),
+    Fault(
+        "kernel refuses",
+        "the kernel refuses entries: no right (`EPERM`), no memory or room"
+        " (`ENOMEM`, `ENOBUFS`, `ENOSPC`)",
+        kernel.refuse,
+        _AWHILE,
+        backends=KERNEL,
     ),
 )
 

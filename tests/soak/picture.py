@@ -192,9 +192,10 @@ def _convergence(panel: Any, record: Record) -> None:
     top = max([1.0, *times]) * 1.25
     for event, time in sorted(zip(done, times, strict=True), key=lambda each: -each[1])[:5]:
         if time > 0.5 * max(times):
-            panel.annotate(
-                event.name, (_minutes(event.undone), time), fontsize=6.5, ha="center", va="bottom"
-            )
+            at = _minutes(event.undone)
+            # Not beyond the edge.
+            side = "right" if event.undone > 0.97 * record.seconds else "center"
+            panel.annotate(event.name, (at, time), fontsize=6.5, ha=side, va="bottom")
     panel.set_ylim(0, top)
     panel.set_ylabel("seconds to\nconverge")
 

@@ -32,6 +32,25 @@ these show the whole time.
 Leases are renewed every {renewal} minutes here (`--subnet-lease-renew-margin`), so that renewals
 meet the failures, too.
 
+Libraries put before the C library of each daemon let its host's wall clock jump, and its kernel
+refuse what it is asked for; but for that they do nothing.
+
+Not all of operations.md happens here. Left out are
+
+- what ends a start, or has it wait, as each has its own test and no peer notices: wrong flags and
+  config, no free subnet, a subnet file that cannot be written, `READY=1`;
+- that the kernel's events are lost: that takes tens of thousands of routes, and the memory to
+  compare them would hide a leak;
+- what needs another network: two hosts with one public IP, a peer out of reach or with a new public
+  IP or MAC, a foreign route in a peer's place, a device whose VNI or port is taken, `SubnetLen`
+  changed, docker, systemd and its watchdog, TLS and logins, no iptables or its lock held for long,
+  strangers at the udp port;
+- with udp also the kernel's refusals: they show only when its device goes, too, and then no packet
+  gets through;
+- suspend and resume of the host: what is frozen here is the daemon.
+
+[failures.md](failures.md) names the tests for these.
+
 The same seed gives the same faults in the same order. What else happens is up to the machine, so
 two runs are not the same packet by packet.
 
@@ -135,7 +154,10 @@ def _faults(record: Record) -> str:
             "Convergence is counted from the moment the fault was undone (the member is back, the"
             " daemon ready), or was there if nobody undoes it. So are the times until which packets"
             " may be, and were, lost. To look whether all is converged takes some 0.3 s itself."
-            " For a host that is replaced, that all know the new one is waited for before.",
+            " For a host that is replaced, or whose subnet is handed over, that all know the new"
+            " one is waited for before, and its own pings pause meanwhile. When the kernel refused,"
+            " that it has taken what it did not is waited for before: with the pauses between the"
+            " attempts, up to 10 s.",
             "",
             *_table(head, rows),
             "",
@@ -164,9 +186,9 @@ def _memory(record: Record) -> str:
             f" {RSS_KB} KiB, {DESCRIPTORS} descriptors or {THREADS} thread above the first sample."
             f" Daemons that lived for less than {LIFE / 60:g} minutes are left out.",
             "",
-            "Descriptors do grow a little: connections to etcd that were needed at one time are"
-            " kept, also dead ones (`CLOSE-WAIT`) until it is their turn: at most three for each of"
-            " the three members, 7 more than at the start.",
+            "Descriptors may grow by two: another connection to the same etcd member, for a write"
+            " while both polls run, and a socket of the kernel's. Both are kept once they were"
+            " needed.",
             "",
             *_table(["", "lived", "RSS, KiB", "descriptors", "threads"], rows),
             "",

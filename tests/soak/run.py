@@ -205,17 +205,31 @@ def _finish(world: World) -> None:
     living = {daemon.pid for daemon in world.daemons if daemon.is_running}
     for process in record.processes:
         record.failures += grown(process, process.pid in living)
-    for daemon in world.lab.daemons:
-        text = daemon.whole_log()
-        for line in text.splitlines():
-            if any(word in line for word in _STRAY):
-                record.failures.append(f"{daemon.host.label} logged: {line}")
+    record.failures += _strays(world)
     record.failures += _given_up(world)
 
 
+def _strays(world: World) -> list[str]:
+    """No daemon logged what none should, and each that lost its subnet said so, once."""
+    failures = []
+    due = [*world.revoked]
+    for daemon in world.lab.daemons:
+        for line in daemon.whole_log().splitlines():
+            expected = next((each for each in due if line.endswith(f"daemon. {each}")), None)
+            if expected is not None:
+                due.remove(expected)
+            elif any(word in line for word in _STRAY):
+                failures.append(f"{daemon.host.label} logged: {line}")
+    return failures + [f"no daemon said: {each}" for each in due]
+
+
 def _given_up(world: World) -> list[str]:
-    """No daemon dropped a peer that was there all the time."""
-    stayed = {str(d.subnet()): d for d in world.daemons if d.host.number <= HOSTS}
+    """No daemon dropped a peer that was there all the time.
+
+    Not asked of a host that joined, or moved: its subnet may have been another's before.
+    """
+    first = [d for d in world.daemons if d.host.number <= HOSTS]
+    stayed = {str(d.subnet()): d for d in first if d.host.label not in world.moved}
     return [
         f"{daemon.host.label} removed the subnet of {stayed[subnet].host.label}"
         for daemon in world.lab.daemons

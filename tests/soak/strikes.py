@@ -1,22 +1,34 @@
-"""What the faults do, and how each is undone. What they may cost is in `faults`."""
+"""What the faults do, and how each is undone. What they may cost is in `faults`.
+
+Those of a host's kernel are in `kernel`.
+"""
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
-from firewall import iptables
-from network import PATIENCE, key_of
-from overlay import mac_of
+from chaos.fleet import peers_said, value_of_peer
+from garbage import nonsense
+from network import PATIENCE, SUBNETS_KEY, key_of
 
-from lab import Flanneld, Host, eventually
+from lab import Flanneld, Host, LabError, eventually
 from lab.etcd import Etcd
-from lab.namespaces import UNDERLAY
 from lab.process import freeze, thaw
 
-from .world import DEVICES, STEADY, World, kind_of, tunnels_of
+from .world import STEADY, World, tunnels_of
 
 GARBAGE = ("", "nonsense", "{}", "[1]", '{"PublicIP": 7}', "null", "\x00\xff")
+BURST = 500
+# None that a host of ours could have.
+BURST_NAMES = (
+    *(f"10.5.{number}.0-24" for number in range(200, 250)),
+    *(f"10.{number}.1.0-24" for number in range(6, 30)),
+    *("10.5.0.0-17", "10.5.128.0-17", "0.0.0.0-0", "10.5.210.7-32", "10.5.210.9-24", "foo", "a b"),
+    *("10.5.211.0-24\u2028", "x" * 200),
+)
 STRANGERS = ("foo", "10.5.7.0", "10.5.300.0-24", "192.168.1.0-24", "10.5.0.0-8", "config")
 
 
@@ -36,6 +48,17 @@ class Strike:
     """and if only those to this one."""
 
 
+class Stranger:
+    """A host that somebody made up: its address, a subnet for it, and its lease's value."""
+
+    def __init__(self, world: World) -> None:
+        number = world.rng.randrange(200, 250)
+        self.address = f"10.97.0.{number}"
+        self.subnet = f"10.5.{number}.0/24"
+        mac = f"02:00:00:00:01:{number:02x}"
+        self.value = value_of_peer(world.backend, self.address, mac)
+
+
 # Daemons
 
 
@@ -43,7 +66,7 @@ def _mortal(world: World) -> Flanneld:
     return world.rng.choice([d for d in world.daemons if d.host.number > STEADY])
 
 
-def _any(world: World) -> Flanneld:
+def any_daemon(world: World) -> Flanneld:
     return world.rng.choice(world.daemons)
 
 
@@ -70,14 +93,33 @@ def terminate_daemon(world: World) -> Strike:
 
 
 def freeze_daemon(world: World) -> Strike:
-    daemon = _any(world)
+    daemon = any_daemon(world)
     pid = daemon.pid
     freeze(pid)
     return Strike(daemon.host.label, lambda: thaw(pid))
 
 
+def jump_clock(world: World) -> Strike:
+    """A host's wall clock jumps by a day or two, and stays there."""
+    daemon = any_daemon(world)
+    now = world.levers.clock(daemon.host)
+    offset = world.rng.choice([days for days in (-1, 0, 1) if days != now])
+    world.levers.set_clock(daemon.host, offset)
+    days = {_day(offset)}
+    peers_said(daemon)
+    said = re.findall(r"^I(\d{4}) .*State: leased", daemon.log(), re.MULTILINE)[-1]
+    if said not in days | {_day(offset)}:
+        raise LabError(f"the clock of {daemon.host.label} has not jumped: {said}")
+    return Strike(f"{daemon.host.label} {offset:+d} d")
+
+
+def _day(offset: int) -> str:
+    """Return the date in this many days as the log has it."""
+    return (datetime.now() + timedelta(days=offset)).strftime("%m%d")
+
+
 def kill_tunnel(world: World) -> Strike:
-    daemon = _any(world)
+    daemon = any_daemon(world)
     (pid,) = eventually(lambda: tunnels_of(daemon), PATIENCE, "a tunnel")
     os.kill(pid, signal.SIGKILL)
     return Strike(daemon.host.label, host=daemon.host)
@@ -158,9 +200,18 @@ def restore(world: World) -> Strike:
     return Strike("etcd")
 
 
+def restart_one_by_one(world: World) -> Strike:
+    """In order, as for an upgrade: each is back before the next one goes."""
+    members = world.rng.sample(world.cluster.members, len(world.cluster.members))
+    for member in members:
+        member.restart()
+    world.cluster.wait_healthy()
+    return Strike(_names(*members))
+
+
 def cut_off_host(world: World) -> Strike:
     """A host does not reach etcd, and is there for its peers as before."""
-    host = _any(world).host
+    host = any_daemon(world).host
     members = [member.address for member in world.cluster.members]
     host.ip(*(f"route add blackhole {address}/32" for address in members))
     return Strike(
@@ -172,14 +223,14 @@ def cut_off_host(world: World) -> Strike:
 
 
 def delete_lease(world: World) -> Strike:
-    daemon = _any(world)
+    daemon = any_daemon(world)
     with world.client() as client:
         client.delete(key_of(daemon.subnet()))
     return Strike(daemon.host.label)
 
 
 def spoil_lease(world: World) -> Strike:
-    daemon = _any(world)
+    daemon = any_daemon(world)
     with world.client() as client:
         client.put(key_of(daemon.subnet()), world.rng.choice(GARBAGE), ttl=600)
     return Strike(daemon.host.label)
@@ -199,6 +250,25 @@ def write_garbage(world: World) -> Strike:
     return Strike(f"{len(keys)} keys", undo)
 
 
+def burst_of_garbage(world: World) -> Strike:
+    """Somebody writes and deletes nonsense as fast as it goes, some of it almost a lease."""
+    rng = world.rng
+    with world.client() as client:
+        for _ in range(BURST):
+            key = f"{SUBNETS_KEY}/{rng.choice(BURST_NAMES)}"
+            if rng.random() < 0.2:
+                client.delete(key)
+            else:
+                client.put(key, nonsense(rng), ttl=rng.choice([None, 1, 100]))
+
+    def undo() -> None:
+        with world.client() as client:
+            for name in BURST_NAMES:
+                client.delete(f"{SUBNETS_KEY}/{name}")
+
+    return Strike(f"{BURST} writes", undo)
+
+
 def reserve(world: World) -> Strike:
     """A key without a TTL for a host that does not come."""
     number = world.rng.randrange(200, 250)
@@ -215,13 +285,10 @@ def reserve(world: World) -> Strike:
 
 def short_lease(world: World) -> Strike:
     """A peer that somebody made up, and whose lease ends by itself."""
-    number = world.rng.randrange(200, 250)
-    mac = f',"BackendData":{{"VtepMAC":"02:00:00:00:01:{number:02x}"}}'
-    kind = "" if world.backend == "udp" else f',"BackendType":"{world.backend}"'
-    value = f'{{"PublicIP":"10.97.0.{number}"{kind}{mac if world.backend == "vxlan" else ""}}}'
+    stranger = Stranger(world)
     with world.client() as client:
-        client.put(key_of(f"10.5.{number}.0/24"), value, ttl=3)
-    return Strike(f"10.5.{number}.0")
+        client.put(key_of(stranger.subnet), stranger.value, ttl=3)
+    return Strike(stranger.subnet)
 
 
 # Hosts
@@ -241,112 +308,25 @@ def replace_host(world: World) -> Strike:
     return Strike(f"{daemon.host.label} → {new.host.label}")
 
 
-# The kernel
-
-
-def _ours(world: World) -> tuple[Flanneld, Flanneld, dict[str, str]]:
-    daemon, peer = world.rng.sample(world.daemons, 2)
-    values = {"subnet": str(peer.subnet()), "gateway": str(peer.subnet().network_address)}
-    if world.backend == "vxlan":
-        values["mac"] = mac_of(peer.host)
-    return daemon, peer, values
-
-
-def _spoil_entry(world: World, *choices: str) -> Strike:
-    daemon, peer, values = _ours(world)
-    _carry_out(daemon.host, world.rng.choice(choices).format(**values))
-    return Strike(f"{daemon.host.label} → {peer.host.label}", host=daemon.host, peer=peer.host)
-
-
-def _carry_out(host: Host, command: str) -> None:
-    words = command.split()
-    host.run(words if words[0] == "bridge" else ["ip", *words])
-
-
-def spoil_route(world: World) -> Strike:
-    return _spoil_entry(
-        world,
-        "route del {subnet}",
-        "route replace blackhole {subnet}",
-        "route replace {subnet} via 10.97.0.254",
-    )
-
-
-def spoil_tun_route(world: World) -> Strike:
-    host = _any(world).host
-    choice = world.rng.choice(
-        ["route del 10.5.0.0/16", "route replace 10.5.0.0/16 via 10.97.0.254"]
-    )
-    host.ip(choice)
-    return Strike(host.label, host=host)
-
-
-def spoil_neighbour(world: World) -> Strike:
-    return _spoil_entry(
-        world,
-        "neigh del {gateway} dev flannel.1",
-        "neigh replace {gateway} dev flannel.1 lladdr 02:00:00:00:00:99 nud permanent",
-    )
-
-
-def spoil_fdb(world: World) -> Strike:
-    return _spoil_entry(
-        world,
-        "bridge fdb del {mac} dev flannel.1",
-        "bridge fdb replace {mac} dev flannel.1 dst 10.97.0.99",
-    )
-
-
-def flush_all(world: World) -> Strike:
-    host = _any(world).host
-    if world.backend == "vxlan":
-        _carry_out(host, "neigh flush dev flannel.1 nud permanent")
-    _carry_out(host, "route flush proto 102")
-    return Strike(host.label, host=host)
-
-
-def delete_device(world: World) -> Strike:
-    host = _any(world).host
-    host.ip(f"link del {DEVICES[world.backend]}")
-    return Strike(host.label, host=host)
-
-
-def down_device(world: World) -> Strike:
-    host = _any(world).host
-    host.ip(f"link set {DEVICES[world.backend]} down")
-    return Strike(host.label, host=host)
-
-
-def change_device(world: World) -> Strike:
-    host = _any(world).host
-    device = DEVICES[world.backend]
-    choices = ["link set {device} mtu 1300", "addr flush dev {device}"]
-    if world.backend == "vxlan":
-        choices.append("link set {device} address 02:00:00:00:00:99")
-    host.ip(world.rng.choice(choices).format(device=device))
-    return Strike(host.label, host=host)
-
-
-def down_interface(world: World) -> Strike:
-    host = _any(world).host
-    host.ip("link set eth0 down")
-    return Strike(
-        host.label,
-        lambda: host.ip("link set eth0 up", f"route add default via {UNDERLAY.ip} dev eth0"),
-        host,
-    )
-
-
-def unplug_host(world: World) -> Strike:
-    host = _any(world).host
-    host.unplug()
-    return Strike(host.label, host.plug, host)
-
-
-def flush_masquerade(world: World) -> Strike:
-    host = _any(world).host
-    for words in world.rng.choice(
-        [["-t nat -F"], ["-t nat -F FLANNEL-POSTRTG"], ["-F"], ["-t nat -F", "-F"]]
-    ):
-        iptables(host, kind_of(host), *words.split())
-    return Strike(host.label)
+def hand_over_subnet(world: World) -> Strike:
+    """A host's subnet goes to another: its daemon ends, is started again, and has a new subnet."""
+    daemon, stranger = _mortal(world), Stranger(world)
+    host, subnet = daemon.host, daemon.subnet()
+    world.part(daemon)
+    with world.client() as client:
+        client.put(key_of(subnet), stranger.value, ttl=600)
+        world.revoked.append(f"({subnet} is now held by {stranger.address})")
+        status = daemon.wait_exit(PATIENCE)
+        if status != 1:
+            world.record.failures.append(f"{host.label}: status {status} for a subnet that is lost")
+        _starting(daemon)()
+        if daemon.subnet() == subnet:
+            world.record.failures.append(f"{host.label} is in {subnet} again, which is another's")
+        node = client.get(key_of(subnet))
+        if node is None or node.value != stranger.value:
+            world.record.failures.append(f"{host.label} has touched the lease of {subnet}: {node}")
+        client.delete(key_of(subnet))
+    world.reunite(daemon)
+    # An older one would bring back the former subnet's lease.
+    world.keep_backup()
+    return Strike(f"{host.label}: {subnet} → {daemon.subnet()}")

@@ -20,6 +20,7 @@ from lab import Container, Flanneld, Host, Lab, LabError, eventually
 from lab.cluster import EtcdCluster
 from lab.etcdv2 import EtcdV2, EtcdV2Error, Node
 
+from .levers import Levers
 from .pinger import Pinger
 from .record import Process, Record
 
@@ -69,9 +70,14 @@ class World:
         # Not for secrets: to be repeated.
         self.rng = random.Random(record.seed)
         self.pinger = Pinger()
+        self.levers = Levers(lab)
         self.daemons: list[Flanneld] = []
         self.cut_off: set[str] = set()
         self.backup: dict[str, Path] = {}
+        self.moved: set[str] = set()
+        """The hosts that have got another subnet than at first,"""
+        self.revoked: list[str] = []
+        """and what their daemons must have said about it, once each."""
         self._devices: dict[str, _Device | None] = {}
         self._processes: dict[int, Process] = {}
         self._zero = time.monotonic()
@@ -117,7 +123,9 @@ class World:
 
     def _start(self, host: Host) -> Flanneld:
         margin = f"--subnet-lease-renew-margin={1440 - RENEWAL_MINUTES}"
-        return flanneld(host, kind_of(host), "--ip-masq", margin).start()
+        daemon = flanneld(host, kind_of(host), "--ip-masq", margin)
+        daemon.environ |= self.levers.environ(host)
+        return daemon.start()
 
     def _take_part(self, daemon: Flanneld) -> None:
         host = daemon.host
@@ -176,6 +184,27 @@ class World:
             (name, since, self.now() if name == label else until)
             for name, since, until in self.record.hosts
         ]
+
+    def part(self, daemon: Flanneld) -> None:
+        """End the pings with a host, as its subnet is about to be another's."""
+        host = daemon.host
+        self.pinger.remove(host.label)
+        del self._devices[host.label]
+        host.ip("addr flush dev cni0")
+        self.moved.add(host.label)
+
+    def reunite(self, daemon: Flanneld) -> None:
+        """Give a host's container an address of the new subnet, when all know that."""
+        eventually(self.is_right, 4 * PATIENCE, "all hosts to know the new subnet")
+        bridge, (container,) = daemon.host.subnet_env().subnet, daemon.host.containers
+        container.address = bridge.ip + 1
+        daemon.host.ip(f"addr add {bridge} dev cni0")
+        container.ip(
+            "addr flush dev eth0",
+            f"addr add {container.address}/{bridge.network.prefixlen} dev eth0",
+            f"route add default via {bridge.ip} dev eth0",
+        )
+        self._take_part(daemon)
 
     # Is all as it should be?
 
