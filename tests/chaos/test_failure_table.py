@@ -27,6 +27,7 @@ from network import (
     peer_routes,
     put_config,
     wait_lease,
+    wait_told,
 )
 from overlay import entries, of_peers, problems, start_containers
 
@@ -189,6 +190,7 @@ def test_etcd_is_gone_while_running(fleet: Fleet) -> None:
             value = leases(fleet.lab)[str(subnet)].value
             with client_of(fleet.lab) as client:
                 client.put(key_of(subnet), value, ttl=600)
+            wait_told(daemon)
             etcd.stop()
         daemon.wait_log("^E.*Error renewing lease")
         daemon.wait_log("^E.*Watch subnets: ")

@@ -138,6 +138,16 @@ def count(daemon: Flanneld, text: str) -> int:
     return sum(text in line for line in daemon.log().splitlines())
 
 
+def wait_told(daemon: Flanneld) -> None:
+    """Wait until etcd has told a frozen daemon of a write to its key, on both of its watches."""
+
+    def unread() -> int:
+        shown = daemon.host.run(["ss", "-tnpH"]).stdout.splitlines()
+        return sum(int(line.split()[1]) > 0 for line in shown if f"pid={daemon.pid}," in line)
+
+    eventually(lambda: unread() >= 2, PATIENCE, "etcd to tell both watches")
+
+
 class RouteMonitor:
     """``ip monitor route`` on a host, from the moment this object exists."""
 

@@ -23,6 +23,7 @@ from network import (
     put_config,
     running,
     value_of,
+    wait_told,
 )
 
 from lab import Flanneld, Host, Lab, eventually
@@ -73,14 +74,6 @@ def ready(lab: Lab, daemon: Flanneld) -> None:
     daemon.start().wait_ready()
 
 
-def has_unread(daemon: Flanneld) -> bool:
-    """Whether something has come for the daemon, which does not read it."""
-    shown = daemon.host.run(["ss", "-tnpH"]).stdout
-    return any(
-        int(line.split()[1]) > 0 for line in shown.splitlines() if f"pid={daemon.pid}," in line
-    )
-
-
 def renewing_at_a_frozen_etcd(lab: Lab, daemon: Flanneld) -> None:
     ready(lab, daemon)
     etcd = etcd_of(lab)
@@ -88,7 +81,7 @@ def renewing_at_a_frozen_etcd(lab: Lab, daemon: Flanneld) -> None:
     freeze(daemon.pid)
     with etcd.client() as client:
         client.put(key_of(daemon.subnet()), value_of(daemon.host.address), ttl=100)
-    eventually(lambda: has_unread(daemon), PATIENCE, "etcd's answer to be there")
+    wait_told(daemon)
     etcd.freeze()
     thaw(daemon.pid)
     daemon.wait_log("was rewritten by somebody else")
