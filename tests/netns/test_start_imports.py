@@ -20,7 +20,7 @@ OWN = {
         " notify retry signals subnet"
     ),
     "flanneld.backend": "base device feed hostgw peers registry",
-    "flanneld.kernel": "hostwire link netlink reconcile spared state wire",
+    "flanneld.kernel": "hostwire link netlink reconcile refusals spared state wire",
     "flanneld.masquerade": "choose driver generation keeper nft restore rules text",
     "flanneld.subnet": (
         "allocate config env etcd_member etcdv2 gojson lease local_manager manager monitor"
