@@ -47,15 +47,40 @@ except urllib.error.HTTPError as error:
     print(error.read().decode())
 """
 
-# What the udp backend and the masquerade rules need, tried under the unit's own restrictions.
+# What the udp backend and a low port need, tried under the unit's own restrictions.
 RIGHTS = """
-import fcntl, socket, struct
+import fcntl, os, signal, socket, struct
 tun = open("/dev/net/tun", "r+b", buffering=0)
 fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"right0", 0x5001))
 socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP).close()
-import os
-os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+socket.create_server(("127.0.0.1", 80)).close()
+# A child that has become nobody can be ended.
+read, write = os.pipe()
+child = os.fork()
+if not child:
+    os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+    os.write(write, b"1")
+    signal.pause()
+os.close(write)
+assert os.read(read, 1) == b"1"
+os.kill(child, signal.SIGKILL)
+assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 """
+
+# What takes docker's drop-in away, and what brings it back.
+FLANNEL_CONF = "docker.service.d/flannel.conf"
+UNITS = "/usr/local/lib/systemd/system"
+NO_DROP_IN = {
+    "masked": (
+        f"mkdir -p /etc/systemd/system/{os.path.dirname(FLANNEL_CONF)}"
+        f" && ln -s /dev/null /etc/systemd/system/{FLANNEL_CONF}",
+        f"rm /etc/systemd/system/{FLANNEL_CONF}",
+    ),
+    "taken away": (
+        f"mv {UNITS}/{FLANNEL_CONF} /root/flannel.conf",
+        f"mv /root/flannel.conf {UNITS}/{FLANNEL_CONF}",
+    ),
+}
 
 
 @dataclass
@@ -193,11 +218,12 @@ def test_it_has_these_rights_and_no_others(node: Node) -> None:
     assert held["CapBnd"] == held["CapPrm"] == held["CapEff"] == CAPABILITIES
     assert re.search(r"NoNewPrivs:\s*1", status)
     assert re.search(r"Seccomp:\s*2", status)
+    assert re.search(r"Max core file size\s+0\s+0", node.ask(f"cat /proc/{node.pid()}/limits"))
 
 
 def test_the_rights_are_enough_for_what_other_configs_need(node: Node) -> None:
-    """A TUN device, a raw socket, another user, and rules with both kinds of iptables, whose
-    modules are loaded by nobody else."""
+    """A TUN device, a raw socket, a low port, a child that is another user, and rules with both
+    kinds of iptables, whose modules are loaded by nobody else."""
     # The udp backend's test has loaded it.
     node.run("modprobe --remove tun")
     commands = [
@@ -289,6 +315,25 @@ def test_stop_is_clean_and_the_next_start_goes_on(node: Node) -> None:
     assert node.subnet() == subnet
 
 
+def test_another_subnet_file(node: Node) -> None:
+    """docker's options come from the file that the settings name, not from an older one."""
+    node.write(SETTINGS, "FLANNELD_SUBNET_FILE=/run/flannel/other.env")
+    node.run("rm /run/flannel/docker && systemctl restart flanneld")
+    assert node.bip() in node.run("cat /run/flannel/other.env")
+    assert f"--bip={node.bip()} " in node.run("cat /run/flannel/docker")
+    node.write(SETTINGS, "")
+    node.run("systemctl restart flanneld && rm /run/flannel/other.env")
+
+
+def test_cleanup_leaves_a_service_that_runs_alone(node: Node) -> None:
+    before, subnet = node.pid(), node.subnet()
+    assert node.run("flanneld --cleanup >/tmp/cleanup 2>&1; echo $?") == "1\n"
+    print(node.ask("cat /tmp/cleanup"))
+    assert node.pid() == before
+    assert node.subnet() == subnet
+    assert "flannel.1" in node.ask("ip -br link show type vxlan")
+
+
 def test_a_killed_daemon_comes_back(node: Node) -> None:
     subnet, before = node.subnet(), node.pid()
     node.run(f"kill -KILL {before}")
@@ -372,3 +417,24 @@ def test_docker_that_somebody_stopped_stays_stopped(node: Node) -> None:
     node.run("systemctl restart flanneld")
     node.machine.wait(lambda: "Finished" in node.log("flannel-docker", since), "a look at docker")
     assert node.pid("docker") == 0
+
+
+@pytest.mark.parametrize("how", NO_DROP_IN)
+def test_docker_without_the_drop_in_is_left_alone(node: Node, how: str) -> None:
+    away, back = NO_DROP_IN[how]
+    node.run(f"{away} && systemctl daemon-reload")
+    try:
+        node.run("systemctl start docker", timeout=300)
+        before = node.pid("docker")
+        assert "DOCKER_NETWORK_OPTIONS" not in node.run(f"cat /proc/{before}/environ")
+        since = node.time()
+        node.run("systemctl restart flanneld")
+        node.machine.wait(
+            lambda: "Finished" in node.log("flannel-docker", since), "a look at docker"
+        )
+        # No restart waits to be done, and none has been.
+        assert "docker.service" not in node.run("systemctl list-jobs")
+        assert node.pid("docker") == before
+        assert node.ask("systemctl is-active docker") == "active"
+    finally:
+        node.run(f"{back} && systemctl daemon-reload")
