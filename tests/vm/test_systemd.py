@@ -42,7 +42,7 @@ method, key, *form = sys.argv[1:]
 data = urllib.parse.urlencode([tuple(pair.split("=", 1)) for pair in form]).encode() or None
 request = urllib.request.Request("http://127.0.0.1:2379/v2/keys" + key, data, method=method)
 try:
-    print(urllib.request.urlopen(request, timeout=60).read().decode())
+    print(urllib.request.urlopen(request, timeout=300).read().decode())
 except urllib.error.HTTPError as error:
     print(error.read().decode())
 """
@@ -92,8 +92,8 @@ class Node:
     def ask(self, command: str) -> str:
         return self.machine.ask(command)
 
-    def run(self, command: str, timeout: float = 180.0) -> str:
-        return self.machine.run(command, timeout=timeout).output
+    def run(self, command: str) -> str:
+        return self.machine.run(command).output
 
     def show(self, unit: str, name: str) -> str:
         """Return a property of a unit."""
@@ -275,9 +275,7 @@ def test_what_is_not_needed_is_out_of_reach(node: Node) -> None:
 def test_a_frozen_daemon_is_restarted(node: Node) -> None:
     subnet, before, since = node.subnet(), node.pid(), node.time()
     node.run(f"kill -STOP {before}")
-    node.machine.wait(
-        lambda: "Watchdog timeout" in node.log(since=since), "the watchdog", timeout=300
-    )
+    node.machine.wait(lambda: "Watchdog timeout" in node.log(since=since), "the watchdog")
     node.machine.wait(lambda: node.pid() not in (0, before), "a new daemon")
     node.wait_active()
     assert node.subnet() == subnet
@@ -359,9 +357,7 @@ def test_a_boot(node: Node) -> None:
     """docker starts after flanneld, with its subnet, and both after the network."""
     node.run("systemctl enable flanneld docker")
     node.machine.reboot()
-    node.machine.wait(
-        lambda: node.ask("systemctl is-system-running") == "running", "the boot", timeout=vm.BOOT
-    )
+    node.machine.wait(lambda: node.ask("systemctl is-system-running") == "running", "the boot")
     assert node.docker_has(node.bip())
 
     def at(unit: str, name: str) -> int:
@@ -373,7 +369,7 @@ def test_a_boot(node: Node) -> None:
 
 
 def test_docker_keeps_running_while_flanneld_restarts(node: Node) -> None:
-    node.run("systemctl start docker", timeout=300)
+    node.run("systemctl start docker")
     assert node.docker_has(node.bip())
     before = node.pid("docker")
     since = node.time()
@@ -388,10 +384,10 @@ def test_docker_keeps_running_while_flanneld_restarts(node: Node) -> None:
 
 
 def test_another_subnet_restarts_docker(node: Node) -> None:
-    node.run("systemctl start docker", timeout=300)
+    node.run("systemctl start docker")
     before, lost = node.pid("docker"), node.subnet()
     node.put_lease(lost, "10.0.2.98", "vxlan")
-    node.machine.wait(lambda: node.pid("docker") not in (0, before), "another docker", timeout=300)
+    node.machine.wait(lambda: node.pid("docker") not in (0, before), "another docker")
     node.wait_active("docker")
     assert node.subnet() != lost
     node.machine.wait(lambda: node.docker_has(node.bip()), "docker with the new subnet")
@@ -401,7 +397,7 @@ def test_docker_does_not_start_without_a_subnet(node: Node) -> None:
     """And is started once there is one."""
     node.run("systemctl stop flanneld && rm /run/flannel/docker")
     node.write(SETTINGS, "FLANNEL_OPTIONS=-iface=nothing0")
-    node.run("systemctl start docker || true", timeout=300)
+    node.run("systemctl start docker || true")
     node.machine.wait(lambda: node.ask("systemctl is-failed docker") == "failed", "docker to fail")
     assert "nothing0" in node.log()
     # Nobody restarts flanneld but systemd.
@@ -411,7 +407,7 @@ def test_docker_does_not_start_without_a_subnet(node: Node) -> None:
 
 
 def test_docker_that_somebody_stopped_stays_stopped(node: Node) -> None:
-    node.run("systemctl start docker", timeout=300)
+    node.run("systemctl start docker")
     node.run("systemctl stop docker.socket docker")
     since = node.time()
     node.run("systemctl restart flanneld")
@@ -424,7 +420,7 @@ def test_docker_without_the_drop_in_is_left_alone(node: Node, how: str) -> None:
     away, back = NO_DROP_IN[how]
     node.run(f"{away} && systemctl daemon-reload")
     try:
-        node.run("systemctl start docker", timeout=300)
+        node.run("systemctl start docker")
         before = node.pid("docker")
         assert "DOCKER_NETWORK_OPTIONS" not in node.run(f"cat /proc/{before}/environ")
         since = node.time()
