@@ -55,9 +55,8 @@ def build() -> Image:
         raise LabError(problem)
     if platform.machine() != "x86_64":
         raise LabError(f"the machine is an x86_64 one, and this is {platform.machine()}")
-    files = sorted(path for path in _ROOT_FILES.rglob("*") if path.is_file())
-    recipe = "\n".join([INSIDE, *(path.read_text() for path in [Path(__file__), *files])])
-    home = CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    recipe = b"\n".join(path.read_bytes() for path in [Path(__file__), *root_files(_ROOT_FILES)])
+    home = CACHE / hashlib.sha256(recipe).hexdigest()[:12]
     image = Image(home / "vmlinuz", home / "disk.img")
     if not image.disk.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -66,6 +65,13 @@ def build() -> Image:
             shutil.rmtree(home, ignore_errors=True)
             (Path(scratch) / "image").rename(home)
     return image
+
+
+def root_files(top: Path) -> list[Path]:
+    """Return the files below ``top`` that go into the image. Bytecode comes and goes."""
+    return sorted(
+        path for path in top.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    )
 
 
 def _build(scratch: Path) -> None:
@@ -78,7 +84,8 @@ def _build(scratch: Path) -> None:
     run(["mmdebstrap", *what, release, str(root), *mirror], timeout=_PATIENCE)
     version = _add_kernel(scratch, root)
     # Also where nothing in here may be a device: the kernel brings its own.
-    shutil.copytree(_ROOT_FILES, root, dirs_exist_ok=True)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(_ROOT_FILES, root, ignore=ignored, dirs_exist_ok=True)
     run(["systemctl", f"--root={root}", "enable", *_ENABLED])
     run(["depmod", "-b", str(root), version])
     shutil.copy(root / "boot" / f"vmlinuz-{version}", image / "vmlinuz")

@@ -42,20 +42,45 @@ method, key, *form = sys.argv[1:]
 data = urllib.parse.urlencode([tuple(pair.split("=", 1)) for pair in form]).encode() or None
 request = urllib.request.Request("http://127.0.0.1:2379/v2/keys" + key, data, method=method)
 try:
-    print(urllib.request.urlopen(request, timeout=60).read().decode())
+    print(urllib.request.urlopen(request, timeout=300).read().decode())
 except urllib.error.HTTPError as error:
     print(error.read().decode())
 """
 
-# What the udp backend and the masquerade rules need, tried under the unit's own restrictions.
+# What the udp backend and a low port need, tried under the unit's own restrictions.
 RIGHTS = """
-import fcntl, socket, struct
+import fcntl, os, signal, socket, struct
 tun = open("/dev/net/tun", "r+b", buffering=0)
 fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"right0", 0x5001))
 socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP).close()
-import os
-os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+socket.create_server(("127.0.0.1", 80)).close()
+# A child that has become nobody can be ended.
+read, write = os.pipe()
+child = os.fork()
+if not child:
+    os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+    os.write(write, b"1")
+    signal.pause()
+os.close(write)
+assert os.read(read, 1) == b"1"
+os.kill(child, signal.SIGKILL)
+assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 """
+
+# What takes docker's drop-in away, and what brings it back.
+FLANNEL_CONF = "docker.service.d/flannel.conf"
+UNITS = "/usr/local/lib/systemd/system"
+NO_DROP_IN = {
+    "masked": (
+        f"mkdir -p /etc/systemd/system/{os.path.dirname(FLANNEL_CONF)}"
+        f" && ln -s /dev/null /etc/systemd/system/{FLANNEL_CONF}",
+        f"rm /etc/systemd/system/{FLANNEL_CONF}",
+    ),
+    "taken away": (
+        f"mv {UNITS}/{FLANNEL_CONF} /root/flannel.conf",
+        f"mv /root/flannel.conf {UNITS}/{FLANNEL_CONF}",
+    ),
+}
 
 
 @dataclass
@@ -67,8 +92,8 @@ class Node:
     def ask(self, command: str) -> str:
         return self.machine.ask(command)
 
-    def run(self, command: str, timeout: float = 180.0) -> str:
-        return self.machine.run(command, timeout=timeout).output
+    def run(self, command: str) -> str:
+        return self.machine.run(command).output
 
     def show(self, unit: str, name: str) -> str:
         """Return a property of a unit."""
@@ -193,11 +218,12 @@ def test_it_has_these_rights_and_no_others(node: Node) -> None:
     assert held["CapBnd"] == held["CapPrm"] == held["CapEff"] == CAPABILITIES
     assert re.search(r"NoNewPrivs:\s*1", status)
     assert re.search(r"Seccomp:\s*2", status)
+    assert re.search(r"Max core file size\s+0\s+0", node.ask(f"cat /proc/{node.pid()}/limits"))
 
 
 def test_the_rights_are_enough_for_what_other_configs_need(node: Node) -> None:
-    """A TUN device, a raw socket, another user, and rules with both kinds of iptables, whose
-    modules are loaded by nobody else."""
+    """A TUN device, a raw socket, a low port, a child that is another user, and rules with both
+    kinds of iptables, whose modules are loaded by nobody else."""
     # The udp backend's test has loaded it.
     node.run("modprobe --remove tun")
     commands = [
@@ -249,9 +275,7 @@ def test_what_is_not_needed_is_out_of_reach(node: Node) -> None:
 def test_a_frozen_daemon_is_restarted(node: Node) -> None:
     subnet, before, since = node.subnet(), node.pid(), node.time()
     node.run(f"kill -STOP {before}")
-    node.machine.wait(
-        lambda: "Watchdog timeout" in node.log(since=since), "the watchdog", timeout=300
-    )
+    node.machine.wait(lambda: "Watchdog timeout" in node.log(since=since), "the watchdog")
     node.machine.wait(lambda: node.pid() not in (0, before), "a new daemon")
     node.wait_active()
     assert node.subnet() == subnet
@@ -289,6 +313,25 @@ def test_stop_is_clean_and_the_next_start_goes_on(node: Node) -> None:
     assert node.subnet() == subnet
 
 
+def test_another_subnet_file(node: Node) -> None:
+    """docker's options come from the file that the settings name, not from an older one."""
+    node.write(SETTINGS, "FLANNELD_SUBNET_FILE=/run/flannel/other.env")
+    node.run("rm /run/flannel/docker && systemctl restart flanneld")
+    assert node.bip() in node.run("cat /run/flannel/other.env")
+    assert f"--bip={node.bip()} " in node.run("cat /run/flannel/docker")
+    node.write(SETTINGS, "")
+    node.run("systemctl restart flanneld && rm /run/flannel/other.env")
+
+
+def test_cleanup_leaves_a_service_that_runs_alone(node: Node) -> None:
+    before, subnet = node.pid(), node.subnet()
+    assert node.run("flanneld --cleanup >/tmp/cleanup 2>&1; echo $?") == "1\n"
+    print(node.ask("cat /tmp/cleanup"))
+    assert node.pid() == before
+    assert node.subnet() == subnet
+    assert "flannel.1" in node.ask("ip -br link show type vxlan")
+
+
 def test_a_killed_daemon_comes_back(node: Node) -> None:
     subnet, before = node.subnet(), node.pid()
     node.run(f"kill -KILL {before}")
@@ -314,9 +357,7 @@ def test_a_boot(node: Node) -> None:
     """docker starts after flanneld, with its subnet, and both after the network."""
     node.run("systemctl enable flanneld docker")
     node.machine.reboot()
-    node.machine.wait(
-        lambda: node.ask("systemctl is-system-running") == "running", "the boot", timeout=vm.BOOT
-    )
+    node.machine.wait(lambda: node.ask("systemctl is-system-running") == "running", "the boot")
     assert node.docker_has(node.bip())
 
     def at(unit: str, name: str) -> int:
@@ -328,7 +369,7 @@ def test_a_boot(node: Node) -> None:
 
 
 def test_docker_keeps_running_while_flanneld_restarts(node: Node) -> None:
-    node.run("systemctl start docker", timeout=300)
+    node.run("systemctl start docker")
     assert node.docker_has(node.bip())
     before = node.pid("docker")
     since = node.time()
@@ -343,10 +384,10 @@ def test_docker_keeps_running_while_flanneld_restarts(node: Node) -> None:
 
 
 def test_another_subnet_restarts_docker(node: Node) -> None:
-    node.run("systemctl start docker", timeout=300)
+    node.run("systemctl start docker")
     before, lost = node.pid("docker"), node.subnet()
     node.put_lease(lost, "10.0.2.98", "vxlan")
-    node.machine.wait(lambda: node.pid("docker") not in (0, before), "another docker", timeout=300)
+    node.machine.wait(lambda: node.pid("docker") not in (0, before), "another docker")
     node.wait_active("docker")
     assert node.subnet() != lost
     node.machine.wait(lambda: node.docker_has(node.bip()), "docker with the new subnet")
@@ -356,7 +397,7 @@ def test_docker_does_not_start_without_a_subnet(node: Node) -> None:
     """And is started once there is one."""
     node.run("systemctl stop flanneld && rm /run/flannel/docker")
     node.write(SETTINGS, "FLANNEL_OPTIONS=-iface=nothing0")
-    node.run("systemctl start docker || true", timeout=300)
+    node.run("systemctl start docker || true")
     node.machine.wait(lambda: node.ask("systemctl is-failed docker") == "failed", "docker to fail")
     assert "nothing0" in node.log()
     # Nobody restarts flanneld but systemd.
@@ -366,9 +407,30 @@ def test_docker_does_not_start_without_a_subnet(node: Node) -> None:
 
 
 def test_docker_that_somebody_stopped_stays_stopped(node: Node) -> None:
-    node.run("systemctl start docker", timeout=300)
+    node.run("systemctl start docker")
     node.run("systemctl stop docker.socket docker")
     since = node.time()
     node.run("systemctl restart flanneld")
     node.machine.wait(lambda: "Finished" in node.log("flannel-docker", since), "a look at docker")
     assert node.pid("docker") == 0
+
+
+@pytest.mark.parametrize("how", NO_DROP_IN)
+def test_docker_without_the_drop_in_is_left_alone(node: Node, how: str) -> None:
+    away, back = NO_DROP_IN[how]
+    node.run(f"{away} && systemctl daemon-reload")
+    try:
+        node.run("systemctl start docker")
+        before = node.pid("docker")
+        assert "DOCKER_NETWORK_OPTIONS" not in node.run(f"cat /proc/{before}/environ")
+        since = node.time()
+        node.run("systemctl restart flanneld")
+        node.machine.wait(
+            lambda: "Finished" in node.log("flannel-docker", since), "a look at docker"
+        )
+        # No restart waits to be done, and none has been.
+        assert "docker.service" not in node.run("systemctl list-jobs")
+        assert node.pid("docker") == before
+        assert node.ask("systemctl is-active docker") == "active"
+    finally:
+        node.run(f"{back} && systemctl daemon-reload")
