@@ -1,6 +1,7 @@
 """The rules are kept: what others do to them is mended, and what is others' stays as it is."""
 
 import sys
+import time
 from collections.abc import Callable
 
 import pytest
@@ -92,6 +93,8 @@ def test_whatever_is_changed_by_hand_is_put_back(make_lab: MakeLab, kind: Kind) 
         with pytest.raises(AssertionError):
             in_place(host, kind, subnet)
         eventually(lambda: in_place(host, kind, subnet), PATIENCE, f"{kind}: mended: {what}")
+        # It looks at what it has written, and pauses if that is gone three times in a row.
+        time.sleep(0.5)
     # One line a minute, whatever happens.
     assert count(daemon, BACK) == 1
 
