@@ -264,3 +264,16 @@ def test_switched_off_nothing_is_joined() -> None:
     device.coalescer.tcp = device.coalescer.udp = False
     device.take(packets, in_rows=True)
     assert device.frames == [(bytes(10), reference.less_ttl(packet)) for packet in packets]
+
+
+@pytest.mark.parametrize("size", [1040, 1041])
+def test_packets_of_odd_sizes_are_found_intact_at_once(size: int) -> None:
+    """Not one by one, which would be as right and slower. The scratch holds what others left."""
+    each = size - 40
+    packets = reference.segment(super_packet(TCP, bytes(range(256)) * 40)[: 40 + 10 * each], each)
+    full = [packet for packet in packets if len(packet) == size]
+    memory = np.frombuffer(bytearray(b"".join(full)), np.uint8)
+    batch = Batch(memory, len(full), size, size, SCRATCH.copy())
+    end = batch.run(0, TCP, 40)
+    assert end == len(full) > 4
+    assert batch.is_intact(0, end, batch.head(0), 40)
