@@ -26,6 +26,8 @@ HEADERS := libc6-dev python3-dev python3-venv
 # Debian starts a daemon when it is installed, and docker's would change this machine's firewall.
 # The tests start their own. See /usr/share/doc/init-system-helpers/README.policy-rc.d.gz.
 POLICY := /usr/sbin/policy-rc.d
+# Another apt that is at work, as an unattended upgrade, is waited for, up to so many seconds.
+APT := apt-get -o DPkg::Lock::Timeout=300
 
 .PHONY: help install packages compiled demo test lint unit netns docker chaos soak fuzz bench bench-vxlan \
 	soak-udp bench-udp install-system test-systemd clean
@@ -68,8 +70,8 @@ packages:
 	if [ ! -e $(POLICY) ]; then \
 		trap 'rm -f $(POLICY)' EXIT INT TERM; printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod 755 $(POLICY); \
 	fi; \
-	apt-get install -y --no-install-recommends $$missing >/dev/null 2>&1 || \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }
+	$(APT) install -y --no-install-recommends $$missing >/dev/null 2>&1 || \
+		{ $(APT) update -qq && $(APT) install -y -qq --no-install-recommends $$missing; }
 
 $(STAMP): pyproject.toml flanneld/__init__.py Makefile
 	@$(MAKE) --no-print-directory packages
