@@ -23,6 +23,7 @@ import contextlib
 import json
 import logging
 import math
+import random
 import socket
 import ssl
 import threading
@@ -80,6 +81,11 @@ _KEEPALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 ]
+
+
+def look_pause() -> float:
+    """Return about `LOOK` seconds: hosts that got the same event do not all look at one moment."""
+    return LOOK * random.uniform(0.875, 1.125)  # noqa: S311 - keeps no secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +148,9 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
         self._read_timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT, read=ANSWER_TIMEOUT)
         self._authorization = _basic_auth(credentials)
         self._expected = threading.local()
-        self.well_at = -math.inf
-        """When it last had no trouble, in seconds of time.monotonic."""
+        self._looking = threading.Lock()
+        self._looked_at = -math.inf
+        self._trouble = ""
         self.http.connection_pool_kw.update(
             # `total` would also count redirects, which a follower may need to send.
             retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5),
@@ -183,27 +190,35 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
             if pool is not None:
                 pool.close()
 
-    def trouble(self, *, stay: bool = True) -> str:
+    def look(self, timeout: float, fresh: float = 0.0) -> tuple[str, float]:
         """Say why it cannot serve: it does not answer, or knows no leader. Empty if it can.
 
+        And how many seconds ago that was found out: what is ``fresh`` is not asked for again,
+        nor what another thread is just asking.
+
         This is cheap for etcd: no entry in its log, no word to another member. What is no etcd's
-        answer is taken for health: it may be a proxy's. Without ``stay`` the connection is closed.
+        answer is taken for health: it may be a proxy's.
         """
-        headers = self._authorization if stay else {**self._authorization, "Connection": "close"}
-        timeout = urllib3.Timeout(total=LOOK_TIMEOUT if stay else OTHER_TIMEOUT)
+        began = time.monotonic()
+        with self._looking:
+            age = time.monotonic() - self._looked_at
+            if self._looked_at < began and (self._trouble or age >= fresh):
+                self._trouble = self._ask_for_leader(timeout)
+                self._looked_at = time.monotonic()
+            return self._trouble, time.monotonic() - self._looked_at
+
+    def _ask_for_leader(self, timeout: float) -> str:
         url = f"{self.base_uri}{self.version_prefix}/members/leader"
+        options: Any = {"headers": self._authorization, "timeout": urllib3.Timeout(total=timeout)}
         try:
             try:
-                answer = self.http.request("GET", url, headers=headers, timeout=timeout)
+                answer = self.http.request("GET", url, **options)
             except ClosedPoolError:  # see `asked`
-                answer = self.http.request("GET", url, headers=headers, timeout=timeout)
+                answer = self.http.request("GET", url, **options)
         except (HTTPError, OSError, ValueError) as error:
             log.log(verbose(2), "%s: %r", url, error)
             return "it does not answer"
-        if answer.status >= 500:
-            return str(Refused(answer.status, answer.data))
-        self.well_at = time.monotonic()
-        return ""
+        return str(Refused(answer.status, answer.data)) if answer.status >= 500 else ""
 
     def expect_event(self, after: int | None, timeout: float) -> Head:
         """Announce that this thread's next request is a poll (None: is not)."""
@@ -225,7 +240,7 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
             raise Behind(f"{self.base_uri} is at index {head.index}, not yet at {head.after}")
         if response.connection is not None and response.connection.sock is not None:
             response.connection.sock.settimeout(head.timeout)
-            pause_for(LOOK)
+            pause_for(look_pause())
 
     def _result_from_response(self, response: Any) -> Any:
         if not response.data.strip():

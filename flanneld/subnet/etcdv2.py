@@ -14,7 +14,6 @@ import posixpath
 import random
 import re
 import ssl
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from http.client import IncompleteRead, RemoteDisconnected
@@ -216,19 +215,18 @@ class EtcdV2Store:
 
         Raises OSError, which ends the request, if it is in trouble and another member is not.
         """
-        member = self._members[position]
-        pause = etcd_member.LOOK * random.uniform(0.875, 1.125)  # noqa: S311 - spreads hosts
-        rest = member.well_at + pause - time.monotonic()
-        if rest > 0:
-            return rest  # another thread, which waits for it too, has just looked
-        trouble = member.trouble()
+        member, pause = self._members[position], etcd_member.look_pause()
+        trouble, age = member.look(etcd_member.LOOK_TIMEOUT, fresh=pause)
         if not trouble:
-            return pause
+            return max(0.0, pause - age)
         for step in range(1, len(self._members)):
+            if self._sockets.are_closed:
+                break
             other = self._members[(position + step) % len(self._members)]
-            if not self._sockets.are_closed and not other.trouble(stay=False):
+            if not other.look(etcd_member.OTHER_TIMEOUT)[0]:
                 log.log(verbose(1), "Leaving %s: %s", member.base_uri, trouble)
                 raise ConnectionAbortedError(errno.ECONNABORTED, trouble)
+            other.forget_connections()
         return pause
 
     def _turn_to(self, position: int) -> None:
