@@ -27,7 +27,8 @@ from .test_resources import descriptors
 
 NAME = "10.5.17.0-24"
 VALUE = attrs().encode()
-NEVER = 3000.0
+# Seconds: longer than any test waits, and an end if it fails.
+NEVER = 60.0
 
 ELECTION = answer('{"message":"During election"}', 503)
 NO_ETCD = answer("<html>", 404)
