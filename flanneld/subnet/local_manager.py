@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 # Seconds a lease lives; the original's.
 LEASE_TTL = 86400
 
-# Seconds. After a poll without any event the store is asked for a linearizable read: a sole endpoint
-# cut off from its cluster would let us wait for ever. (The store's client leaves one of several.)
+# Seconds. After a poll without any event the store is asked for a linearizable read: an endpoint
+# cut off from its cluster would let us wait for ever. (One of several the store's client leaves.)
 POLL = 20.0
 OWN_POLL = 60.0
 
