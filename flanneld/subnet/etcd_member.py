@@ -8,7 +8,8 @@ its servers. What it gets wrong about one connection is put right here:
 * A blocked watch cannot be ended from another thread. Here: `OpenSockets.close` shuts down every
   socket, which ends a request in whichever phase it is.
 * A hung server is noticed only after the watch's own timeout. Here: the answer's head must come
-  within seconds; only the wait for the event itself may last long.
+  within seconds; only the wait for the event itself may last long, and `Member.trouble` tells
+  meanwhile whether there is still somebody who would send it.
 * A watch that timed out forgets how far the store had come, and is later told that the history
   is cleared. Here: the head's index is kept, and a member that lags behind is recognised by it.
 * Passwords beyond Latin-1 fail, and a user without a password is not sent at all.
@@ -20,9 +21,13 @@ HTTP proxies from the environment are not used.
 
 import contextlib
 import json
+import logging
+import math
+import random
 import socket
 import ssl
 import threading
+import time
 import weakref
 from base64 import b64encode
 from collections.abc import Callable
@@ -31,6 +36,8 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 from flanneld.errors import OptionError, StoreUnavailable
+from flanneld.logs import verbose
+from flanneld.subnet.etcd_wait import WatchfulTLSSocket, pause_for, watchful
 from flanneld.subnet.python_etcd import etcd
 from flanneld.subnet.store import Behind
 
@@ -39,14 +46,29 @@ from flanneld.subnet.store import Behind
 import urllib3
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ClosedPoolError
+from urllib3.exceptions import ClosedPoolError, HTTPError
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 # Seconds. The original waits 1 s for a connection and for ever for an answer. etcd itself gives
 # up a write without quorum after 7 s, but by then another member deserves its turn.
 CONNECT_TIMEOUT = 2.0
 ANSWER_TIMEOUT = 5.0
+
+# Seconds between looks at a member that lets us wait for an event, an eighth more or less. One that
+# is cut off knows no leader after one to two election timeouts (etcd's default is 1 s); together
+# that stays below 5 s.
+LOOK = 2.0
+
+# Seconds until a member is looked at that owes an answer: they take milliseconds.
+LATE = 1.0
+
+# Seconds for the answer to such a look, which needs neither a disk nor another member. Less where
+# it is only the question whether another member is better.
+LOOK_TIMEOUT = 1.5
+OTHER_TIMEOUT = 1.0
 
 # Characters of a foreign answer that a log line shows.
 _SHOWN = 200
@@ -59,6 +81,11 @@ _KEEPALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 ]
+
+
+def look_pause() -> float:
+    """Return about `LOOK` seconds: hosts that got the same event do not all look at one moment."""
+    return LOOK * random.uniform(0.875, 1.125)  # noqa: S311 - keeps no secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +148,9 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
         self._read_timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT, read=ANSWER_TIMEOUT)
         self._authorization = _basic_auth(credentials)
         self._expected = threading.local()
+        self._looking = threading.Lock()
+        self._looked_at = -math.inf
+        self._trouble = ""
         self.http.connection_pool_kw.update(
             # `total` would also count redirects, which a follower may need to send.
             retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5),
@@ -160,6 +190,36 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
             if pool is not None:
                 pool.close()
 
+    def look(self, timeout: float, fresh: float = 0.0) -> tuple[str, float]:
+        """Say why it cannot serve: it does not answer, or knows no leader. Empty if it can.
+
+        And how many seconds ago that was found out: what is ``fresh`` is not asked for again,
+        nor what another thread is just asking.
+
+        This is cheap for etcd: no entry in its log, no word to another member. What is no etcd's
+        answer is taken for health: it may be a proxy's.
+        """
+        began = time.monotonic()
+        with self._looking:
+            age = time.monotonic() - self._looked_at
+            if self._looked_at < began and (self._trouble or age >= fresh):
+                self._trouble = self._ask_for_leader(timeout)
+                self._looked_at = time.monotonic()
+            return self._trouble, time.monotonic() - self._looked_at
+
+    def _ask_for_leader(self, timeout: float) -> str:
+        url = f"{self.base_uri}{self.version_prefix}/members/leader"
+        options: Any = {"headers": self._authorization, "timeout": urllib3.Timeout(total=timeout)}
+        try:
+            try:
+                answer = self.http.request("GET", url, **options)
+            except ClosedPoolError:  # see `asked`
+                answer = self.http.request("GET", url, **options)
+        except (HTTPError, OSError, ValueError) as error:
+            log.log(verbose(2), "%s: %r", url, error)
+            return "it does not answer"
+        return str(Refused(answer.status, answer.data)) if answer.status >= 500 else ""
+
     def expect_event(self, after: int | None, timeout: float) -> Head:
         """Announce that this thread's next request is a poll (None: is not)."""
         head = Head(after or 0, timeout)
@@ -180,6 +240,7 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
             raise Behind(f"{self.base_uri} is at index {head.index}, not yet at {head.after}")
         if response.connection is not None and response.connection.sock is not None:
             response.connection.sock.settimeout(head.timeout)
+            pause_for(look_pause())
 
     def _result_from_response(self, response: Any) -> Any:
         if not response.data.strip():
@@ -217,6 +278,10 @@ class OpenSockets:
         if self._closed:
             raise StoreUnavailable("the connection to the store was closed")
 
+    @property
+    def are_closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -235,6 +300,7 @@ def _pool_classes(sockets: OpenSockets) -> dict[str, type[HTTPConnectionPool]]:
     class Plain(HTTPConnection):
         def connect(self) -> None:
             super().connect()
+            self.sock = watchful(self.sock)
             sockets.add(self.sock)
 
     class PlainPool(HTTPConnectionPool):
@@ -270,7 +336,7 @@ def tls_context(credentials: Credentials, sockets: OpenSockets) -> ssl.SSLContex
     Raises OptionError for a file that cannot be used.
     """
 
-    class Socket(ssl.SSLSocket):
+    class Socket(WatchfulTLSSocket):
         def do_handshake(self, block: bool = False) -> None:
             # Not later: a hung server does not answer the handshake either.
             sockets.add(self)

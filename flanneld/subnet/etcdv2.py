@@ -3,9 +3,13 @@
 Requests and their parameters are those of flannel v0.8.0, except that every write is conditional.
 What python-etcd gets wrong about one connection is mended in `etcd_member`; about a cluster, here:
 its failover goes to the URLs which the cluster advertises, and loses endpoints for ever. This one
-asks the endpoints given, in a ring; a failed one is asked again in its turn.
+asks the endpoints given, in a ring; a failed one is asked again in its turn. While one owes an
+answer or an event it is looked after: if it is frozen, or cut off from its cluster, and another is
+not, the request goes on there.
 """
 
+import errno
+import logging
 import posixpath
 import random
 import re
@@ -25,6 +29,8 @@ from flanneld.errors import (
     StoreError,
     StoreUnavailable,
 )
+from flanneld.logs import verbose
+from flanneld.subnet import etcd_member
 from flanneld.subnet.etcd_member import (
     Credentials,
     Member,
@@ -33,6 +39,7 @@ from flanneld.subnet.etcd_member import (
     parse_endpoint,
     tls_context,
 )
+from flanneld.subnet.etcd_wait import Watch, watching
 from flanneld.subnet.python_etcd import etcd
 from flanneld.subnet.store import Behind, Change, Node, Poll, Snapshot, StoreEvent
 
@@ -41,6 +48,8 @@ from flanneld.subnet.store import Behind, Change, Node, Poll, Snapshot, StoreEve
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, SSLError
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 # Error codes of the v2 API that say nothing about the key, only about the member:
 # 300 raft internal error, 301 during leader election, 400 watcher cleared, 402 timeout.
@@ -170,7 +179,8 @@ class EtcdV2Store:
             member = self._members[position]
             self._sockets.check_open()
             try:
-                result = member.asked(request)
+                with watching(self._watch(position)):
+                    result = member.asked(request)
             except Behind:
                 self._turn_to(position + 1)
                 raise
@@ -180,8 +190,10 @@ class EtcdV2Store:
                     raise _answer(error) from error
                 reason = _failure_text(error)
                 failures.append(f"; error #{len(failures)}: {member.base_uri}: {reason}")
-                if write and not _never_sent(error):
+                if position == self._current:
+                    # At once: a poll that goes on elsewhere may last, others must not meet this.
                     self._turn_to(position + 1)
+                if write and not _never_sent(error):
                     failures.append(" (the write may have been carried out)")
                     break
             else:
@@ -191,6 +203,31 @@ class EtcdV2Store:
         raise StoreUnavailable(
             "client: etcd cluster is unavailable or misconfigured" + "".join(failures)
         )
+
+    def _watch(self, position: int) -> Watch | None:
+        """Return how to wait for this member; None if there is nobody else to ask."""
+        if len(self._members) == 1:
+            return None
+        return Watch(etcd_member.LATE, lambda: self._look(position))
+
+    def _look(self, position: int) -> float:
+        """Look after a member that lets us wait; return the seconds until the next look.
+
+        Raises OSError, which ends the request, if it is in trouble and another member is not.
+        """
+        member, pause = self._members[position], etcd_member.look_pause()
+        trouble, age = member.look(etcd_member.LOOK_TIMEOUT, fresh=pause)
+        if not trouble:
+            return max(0.0, pause - age)
+        for step in range(1, len(self._members)):
+            if self._sockets.are_closed:
+                break
+            other = self._members[(position + step) % len(self._members)]
+            if not other.look(etcd_member.OTHER_TIMEOUT)[0]:
+                log.log(verbose(1), "Leaving %s: %s", member.base_uri, trouble)
+                raise ConnectionAbortedError(errno.ECONNABORTED, trouble)
+            other.forget_connections()
+        return pause
 
     def _turn_to(self, position: int) -> None:
         """Begin the next call with this member, and keep no idle connection to the one left.

@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 # Seconds a lease lives; the original's.
 LEASE_TTL = 86400
 
-# Seconds. After a poll without any event the store is asked for a linearizable read, so that a
-# member cut off from its cluster is noticed: it would let us wait for ever.
+# Seconds. After a poll without any event the store is asked for a linearizable read: an endpoint
+# cut off from its cluster would let us wait for ever. (One of several the store's client leaves.)
 POLL = 20.0
 OWN_POLL = 60.0
 

@@ -99,6 +99,8 @@ class Fleet:
             peers = [(s, v["PublicIP"], v["BackendData"]["VtepMAC"]) for s, v in values]
             assert entries(daemon.host) == of_peers(peers)
         else:
+            # One that is still starting has nobody yet who would report.
+            assert daemon.ready_after() is not None
             assert peers_said(daemon) == len(others)
 
 

@@ -37,6 +37,11 @@ class Request:
         return "wait=true" in self.target
 
     @property
+    def is_look(self) -> bool:
+        """Whether it asks only if the member is well: how often depends on the machine."""
+        return self.target == "/v2/members/leader"
+
+    @property
     def is_write(self) -> bool:
         return self.method != "GET"
 
@@ -141,6 +146,9 @@ class Server:
 
     def polls(self) -> list[Request]:
         return [request for request in list(self.requests) if request.is_poll]
+
+    def looks(self) -> list[Request]:
+        return [request for request in list(self.requests) if request.is_look]
 
     def cut(self) -> None:
         """End every open connection, at whatever point its request is."""

@@ -219,7 +219,7 @@ def test_no_request_fails_because_connections_are_forgotten(
 
 
 def _is_asked(server: Server, times: int) -> bool:
-    return len(server.requests) == times
+    return len(server.polls()) == times
 
 
 def _is_only_one(server: Server, ports: Sequence[int | None]) -> bool:
