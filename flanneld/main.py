@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 
-from flanneld import __version__, docker0, flags, logs, signals
+from flanneld import __version__, docker0, flags, logs, memory, signals
 from flanneld.backend.base import Network
 from flanneld.backend.registry import find_backend
 from flanneld.errors import (
@@ -63,6 +63,7 @@ def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
         from flanneld.cleanup import clean_up
 
         return clean_up(options)
+    memory.keep_little()
     notifier = Notifier(environ)
     try:
         signals.install(notifier.stopping)

@@ -47,6 +47,9 @@ class ExternalLink:
             raise DeviceError(f"the external interface {self.name} is gone") from error
         return self._index != before
 
+    def prepare(self) -> None:
+        """See `PeerDevice.prepare`: nothing of the interface is changed here."""
+
     def entries(self, lease: Lease) -> tuple[Entry, ...]:
         """See `PeerDevice.entries`."""
         return peer_entries(lease, self._index)

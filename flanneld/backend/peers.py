@@ -36,6 +36,10 @@ STORM = 200
 class PeerDevice(Device, Protocol):
     """A device whose peers are kernel entries."""
 
+    def prepare(self) -> None:
+        """Have at hand what any later `ensure` may take: for when the start is over."""
+        ...
+
     def entries(self, lease: Lease) -> tuple[Entry, ...]:
         """Return what a peer needs in the kernel, in the order in which it must be written.
 
@@ -152,6 +156,7 @@ class PeerNetwork:
                 announced = True
                 synced()
                 remove_former(self._former_subnet, self._device.name)
+                self._device.prepare()
             if self._asked:
                 self._asked = False
                 self._say_state(reconciler)

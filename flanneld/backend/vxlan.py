@@ -21,6 +21,7 @@ from flanneld.backend.mtu import inner_mtu, mtu_key
 from flanneld.backend.peers import PeerNetwork
 from flanneld.errors import DeviceError, Stopped
 from flanneld.interface import ExternalInterface
+from flanneld.kernel.device import prepare_changes
 from flanneld.kernel.netlink import AddressEvent, KernelEvent, LinkEvent
 from flanneld.kernel.state import Entry, FdbEntry, Neighbour, Route, Territory
 from flanneld.kernel.vxlan import (
@@ -180,6 +181,10 @@ class VxlanLink:
         before = self._made_for
         self._made_for = (device.index, device.underlay_index, self._connected)
         return self._made_for != before
+
+    def prepare(self) -> None:
+        """See `PeerDevice.prepare`."""
+        prepare_changes()
 
     def entries(self, lease: Lease) -> tuple[Entry, ...]:
         """See `PeerDevice.entries`."""

@@ -27,6 +27,7 @@ from flanneld.errors import (
 )
 from flanneld.heartbeat import STORE, Pulse
 from flanneld.logs import verbose
+from flanneld.memory import Tidying
 from flanneld.retry import Once, Outage, Sparing
 from flanneld.subnet.allocate import Create, Discard, Reuse, decide, elder
 from flanneld.subnet.config import Config, parse_config
@@ -258,17 +259,19 @@ class LocalManager:
 
         tracker = LeaseTracker(subnet_key(own.subnet), reject)
         warn = Sparing(log.log)
+        tidying = Tidying()
         first = True
         while not stop.is_set():
             pulse.beat(STORE)
             try:
                 events = tracker.snapshot(self._store.snapshot(), now())
+                tidying.plan(now())
                 self._away.over()
                 _log_notes(tracker, warn)
                 if events or first:
                     first = False
                     yield events
-                yield from self._follow(tracker, warn, stop, pulse)
+                yield from self._follow(tracker, warn, stop, pulse, tidying)
             except HistoryCleared:
                 log.warning(_HISTORY_CLEARED)
                 stop.wait(BEHIND_PAUSE)
@@ -286,7 +289,12 @@ class LocalManager:
             self._away.failed(error, stop, kind=kind)
 
     def _follow(
-        self, tracker: LeaseTracker, warn: Sparing, stop: threading.Event, pulse: Pulse
+        self,
+        tracker: LeaseTracker,
+        warn: Sparing,
+        stop: threading.Event,
+        pulse: Pulse,
+        tidying: Tidying,
     ) -> Iterator[list[LeaseEvent]]:
         """Poll after the tracker's index until a snapshot is the better way on."""
         idle = False
@@ -316,6 +324,7 @@ class LocalManager:
             _log_notes(tracker, warn)
             if events:
                 yield events
+            tidying.work(now())
             if poll.store_index - tracker.index > max(CATCH_UP, len(tracker) // CATCH_UP):
                 return
 

@@ -80,6 +80,9 @@ class Device:
     def territory(self) -> Territory:
         return Territory((CONFIG.network,), self.index)
 
+    def prepare(self) -> None:
+        """There is nothing to import."""
+
     def waiting(self) -> int:
         return self.index if self.has_underlay else 0
 

@@ -100,6 +100,9 @@ class FakeDevice:
     def territory(self) -> Territory:
         return Territory((CONFIG.network,), self.index)
 
+    def prepare(self) -> None:
+        """There is nothing to import."""
+
     def waiting(self) -> int:
         return 0
 

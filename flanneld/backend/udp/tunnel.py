@@ -4,7 +4,6 @@ One thread; it drains the TUN device and the socket in turn until both are empty
 lives as long as the daemon at the other end of the control socket.
 """
 
-import ctypes
 import errno
 import gc
 import os
@@ -13,6 +12,7 @@ import socket
 import sys
 import time
 
+from flanneld import memory
 from flanneld.backend.udp import control, icmp, privileges
 from flanneld.backend.udp.control import ENDED, FAILED, TUN_LOST, Message, Op, Settings
 from flanneld.backend.udp.counters import Counters
@@ -201,13 +201,6 @@ class Tunnel:
         self._send(Message(Op.DONE, message.number, body))
 
 
-def _trim_memory() -> None:
-    """Give free memory back to the kernel, where the C library can (musl cannot)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def main(arguments: list[str]) -> int:
     """Run the tunnel; returns the process's exit status."""
     settings = Settings.parse(arguments)
@@ -218,7 +211,7 @@ def main(arguments: list[str]) -> int:
     # Nothing here makes cycles, and looking for them costs 8 % of the throughput.
     gc.collect()
     # What was only needed to import numpy: more than 1 MB.
-    _trim_memory()
+    memory.give_back()
     gc.freeze()
     gc.disable()
     try:
