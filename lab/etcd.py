@@ -92,7 +92,7 @@ class Etcd:
         name = self.directory.name
         if self._namespace is not None:
             return Member(name, self.address, port or 2379, 2380)
-        free = _free_ports(self.address, 2)
+        free = free_ports(self.address, 2)
         return Member(name, self.address, port or free[0], free[1])
 
     def __enter__(self) -> Self:
@@ -337,7 +337,7 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in environment().items() if not name.startswith("ETCD_")}
 
 
-def _free_ports(address: IPv4Address, count: int) -> list[int]:
+def free_ports(address: IPv4Address, count: int) -> list[int]:
     """Ports nobody listens on now."""
     sockets = [socket.create_server((str(address), 0)) for _ in range(count)]
     ports: list[int] = [sock.getsockname()[1] for sock in sockets]
