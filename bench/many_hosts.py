@@ -24,6 +24,7 @@ from bench.hosts import Fleet, State, Tally, agreed
 from lab.etcd import LOOPBACK, Etcd, Member, free_ports
 from lab.names import sweep_stale
 from lab.report import Report
+from lab.signals import stop_signals_raise
 
 WIDE = IPv4Network("10.0.0.0/8")
 SUBNET_LEN = 24
@@ -81,14 +82,13 @@ class Bench:
         self, prefix: str, network: IPv4Network, previous: dict[int, IPv4Network] | None = None
     ) -> Fleet:
         """Hosts in a network of their own, which have not begun yet."""
-        with self.members[0].client() as client:
-            config = {
-                "Network": str(network),
-                "SubnetLen": SUBNET_LEN,
-                "Backend": {"Type": "vxlan"},
-            }
-            client.put(f"{prefix}/config", json.dumps(config))
+        self.put_config(prefix, network)
         return Fleet(self.endpoints, prefix, self.hosts, self.processes, previous)
+
+    def put_config(self, prefix: str, network: IPv4Network) -> None:
+        config = {"Network": str(network), "SubnetLen": SUBNET_LEN, "Backend": {"Type": "vxlan"}}
+        with self.members[0].client() as client:
+            client.put(f"{prefix}/config", json.dumps(config))
 
     @contextmanager
     def step(self, title: str, fleet: Fleet) -> Iterator[Step]:
@@ -184,6 +184,23 @@ def restart_etcd(bench: Bench, fleet: Fleet) -> None:
     step.add("hosts that do not", len(states) - len(back))
 
 
+def empty_etcd(bench: Bench, fleet: Fleet) -> None:
+    """etcd comes back with no data but the config: all hosts publish their leases again."""
+    (member,) = bench.members
+    member.wipe()
+    began = time.monotonic()
+    with bench.step("etcd emptied", fleet) as step, member.client() as client:
+        bench.put_config("/wide", WIDE)
+        until = began + _STEP
+        while (back := len(client.list("/wide/subnets"))) < bench.hosts:
+            if time.monotonic() > until:
+                break
+            time.sleep(_LOOK)
+        step.add("until all leases are back", time.monotonic() - began, "s")
+        converge(bench, fleet, step, began)
+    step.add("leases that are not", bench.hosts - back)
+
+
 def _index(bench: Bench) -> int:
     with bench.members[0].client() as client:
         return client.index()
@@ -204,6 +221,8 @@ def run(bench: Bench) -> None:
         renew_one_by_one(bench, fleet)
         renew_together(bench, fleet, min(_BURST, bench.hosts))
         restart_etcd(bench, fleet)
+        if len(bench.members) == 1:
+            empty_etcd(bench, fleet)
     with bench.fleet("/wide", WIDE, held) as fleet:
         start(bench, fleet, "Start with the leases of before")
     tight = IPv4Network((WIDE.network_address, SUBNET_LEN - bench.hosts.bit_length()))
@@ -278,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep_stale()
     about = machine.describe() | {"load average before": machine.load()}
     began = time.monotonic()
-    with running(options.members) as members:
+    with stop_signals_raise(), running(options.members) as members:
         bench = Bench(members, options.hosts, options.processes)
         run(bench)
     about["load average after"] = machine.load()

@@ -25,8 +25,8 @@ RETRY = 60.0
 # seconds, makes the first renewal after a resume due at once.
 LOOK = 30.0
 
-# A renewal comes up to this part of its wait too early, at random. Each one is told to every host, so
-# that 2,000 that started together and renewed together would be four million messages in a moment.
+# A renewal comes up to this part of its wait early, at random. Each one is told to every host: if
+# 2,000 that started together renewed together, it would be four million messages in a moment.
 EARLY = 0.1
 
 # Seconds until a lost lease that could not be put back is tried again.

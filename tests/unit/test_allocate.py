@@ -257,6 +257,37 @@ def test_time_grows_with_the_number_of_leases_only() -> None:
     assert many < 5 * some
 
 
+def looks(hosts: int, cfg: Config) -> int:
+    """How many lists of all leases hosts need that start together: all look before one writes."""
+    rng = random.Random(1)
+    taken: list[Lease] = []
+    looked, waiting = 0, hosts
+    while waiting:
+        looked += waiting
+        chosen = {
+            decision.subnet
+            for _ in range(waiting)
+            if isinstance(
+                decision := decide(
+                    taken, [], OWN_IP, None, cfg, rng=rng, contended=waiting < hosts
+                ),
+                Create,
+            )
+        }
+        taken += [lease(subnet) for subnet in chosen]
+        waiting -= len(chosen)
+    return looked
+
+
+@pytest.mark.parametrize("network", ["10.0.0.0/14", "10.0.0.0/15"])
+def test_many_hosts_that_start_together_soon_have_subnets(network: str) -> None:
+    """Picking among the same hundred again and again, each would look more than three times.
+
+    In the second network there are 511 subnets for them.
+    """
+    assert looks(500, config(network, ',"SubnetLen":24')) < 2.5 * 500
+
+
 # Small enough to walk: up to 2^8 subnets, with a range and leases of every length about it.
 @st.composite
 def situations(draw: st.DrawFn) -> tuple[Config, list[IPv4Network]]:
