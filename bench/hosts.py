@@ -43,6 +43,8 @@ FIRST_IP = IPv4Address("172.16.0.1")
 _MARGIN = 3600.0
 # Bytes; the interpreter's frames are elsewhere. Thousands of threads have one each.
 _STACK = 256 << 10
+# What the hosts yield to: etcd, which in truth has a machine of its own.
+_NICE = 10
 # Parsed leases kept: each reading has other lifetimes.
 _PARSED = 1 << 16
 # Seconds until a process that does not answer is given up.
@@ -325,6 +327,7 @@ def _serve(
 ) -> None:
     """The body of a process: do what the parent asks until it says stop, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(_NICE)
     threading.stack_size(_STACK)
     _raise_limit()
     _share_parsing()

@@ -23,8 +23,10 @@ from bench import etcdload, machine
 from bench.hosts import Fleet, State, Tally, agreed
 from lab.etcd import LOOPBACK, Etcd, Member, free_ports
 from lab.names import sweep_stale
+from lab.process import LabError
 from lab.report import Report
 from lab.signals import stop_signals_raise
+from lab.wait import NotInTime
 
 WIDE = IPv4Network("10.0.0.0/8")
 SUBNET_LEN = 24
@@ -37,7 +39,8 @@ _REST, _SETTLE = 40.0, 5.0
 _SINGLE, _BURST = 10, 200
 # Seconds that etcd is away.
 _AWAY = 3.0
-_LOOK = 0.25
+# And between looks at the hosts.
+_LOOK = 0.5
 
 
 @dataclass(slots=True)
@@ -76,6 +79,7 @@ class Bench:
         self.hosts = hosts
         self.processes = processes
         self.steps: list[Step] = []
+        self.problems: list[str] = []
         self.deadline = time.monotonic() + _WHOLE
 
     def fleet(
@@ -93,14 +97,21 @@ class Bench:
     @contextmanager
     def step(self, title: str, fleet: Fleet) -> Iterator[Step]:
         """Measure both sides from here to the end of the block."""
-        print(f"  {title}", file=sys.stderr, flush=True)
         step = Step(title)
         self.steps.append(step)
-        before = etcdload.spent(self.members)
+        began, before = time.monotonic(), etcdload.spent(self.members)
         fleet.tally()
         yield step
         step.add_tally(fleet.tally())
         step.add_spent(etcdload.spent(self.members) - before)
+        print(f"  {title}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+    def has_time(self) -> bool:
+        """Whether another step may begin."""
+        if time.monotonic() < self.deadline:
+            return True
+        self.problems.append("the time was over before all steps were done")
+        return False
 
     def wait(self, fleet: Fleet, done: Callable[[list[State]], bool]) -> list[State]:
         """Wait until this holds of the hosts, or the time is over; return how they are then."""
@@ -155,8 +166,9 @@ def renew_one_by_one(bench: Bench, fleet: Fleet) -> None:
     _add_times(step, "to the last host that knows", delays)
 
 
-def renew_together(bench: Bench, fleet: Fleet, count: int) -> None:
+def renew_together(bench: Bench, fleet: Fleet) -> None:
     """Many renew at one instant."""
+    count = min(_BURST, bench.hosts)
     with bench.step(f"{count} renewals at one instant", fleet) as step:
         index = _index(bench) + count
         began = fleet.renew(range(count))
@@ -175,7 +187,7 @@ def restart_etcd(bench: Bench, fleet: Fleet) -> None:
     for member in bench.members:
         member.launch()
     for member in bench.members:
-        member.wait_healthy()
+        member.wait_healthy(_STEP)
     with bench.step(f"etcd stopped for {_AWAY:.0f} s and started", fleet) as step:
         step.add("until etcd is healthy", time.monotonic() - began, "s")
         states = bench.wait(fleet, lambda all_: all(s.snapshot_at > began for s in all_))
@@ -214,26 +226,29 @@ def _add_times(step: Step, name: str, seconds: Sequence[float]) -> None:
 
 
 def run(bench: Bench) -> None:
-    """Everything, one after the other."""
+    """Everything, one after the other, for as long as there is time."""
+    single = len(bench.members) == 1
+    steps: list[Callable[[Bench, Fleet], None]] = [rest, renew_one_by_one, renew_together]
+    steps += [restart_etcd, empty_etcd] if single else [restart_etcd]
     with bench.fleet("/wide", WIDE) as fleet:
         held = start(bench, fleet, "First start")
-        rest(bench, fleet)
-        renew_one_by_one(bench, fleet)
-        renew_together(bench, fleet, min(_BURST, bench.hosts))
-        restart_etcd(bench, fleet)
-        if len(bench.members) == 1:
-            empty_etcd(bench, fleet)
-    with bench.fleet("/wide", WIDE, held) as fleet:
-        start(bench, fleet, "Start with the leases of before")
+        for step in steps:
+            if bench.has_time():
+                step(bench, fleet)
+    if bench.has_time():
+        with bench.fleet("/wide", WIDE, held) as fleet:
+            start(bench, fleet, "Start with the leases of before")
     tight = IPv4Network((WIDE.network_address, SUBNET_LEN - bench.hosts.bit_length()))
-    with bench.fleet("/tight", tight) as fleet:
-        start(bench, fleet, f"First start in {tight}")
+    if bench.has_time():
+        with bench.fleet("/tight", tight) as fleet:
+            start(bench, fleet, f"First start in {tight}")
 
 
 def write(bench: Bench, about: dict[str, str], directory: Path) -> None:
     """Print the tables; put them and the JSON there."""
     directory.mkdir(parents=True, exist_ok=True)
     document = {"machine": about, "hosts": bench.hosts, "members": len(bench.members)}
+    document["problems"] = bench.problems
     steps = [
         {
             "step": step.title,
@@ -256,6 +271,8 @@ def tables(bench: Bench, about: dict[str, str], out: TextIO) -> None:
     report.title(f"{bench.hosts} hosts on one etcd ({len(bench.members)} members)")
     for name, value in about.items():
         report.text(f"{name}: {value}")
+    for problem in bench.problems:
+        report.bad(problem)
     for step in bench.steps:
         report.step(step.title)
         report.table(("figure", "value", "unit"), [(n, _number(v), u) for n, v, u in step.figures])
@@ -299,7 +316,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     with stop_signals_raise(), running(options.members) as members:
         bench = Bench(members, options.hosts, options.processes)
-        run(bench)
+        try:
+            run(bench)
+        except (LabError, NotInTime, TimeoutError) as error:
+            bench.problems.append(str(error))
     about["load average after"] = machine.load()
     about["duration"] = f"{time.monotonic() - began:.0f} s"
     write(bench, about, options.output)
