@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -45,6 +46,8 @@ _MARGIN = 3600.0
 _STACK = 256 << 10
 # What the hosts yield to: etcd, which in truth has a machine of its own.
 _NICE = 10
+# Seconds. Hundreds of threads wait for the interpreter, and each wakes up this often to ask for it.
+_SWITCH = 0.2
 # Parsed leases kept: each reading has other lifetimes.
 _PARSED = 1 << 16
 # Seconds until a process that does not answer is given up.
@@ -328,6 +331,7 @@ def _serve(
     """The body of a process: do what the parent asks until it says stop, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICE)
+    sys.setswitchinterval(_SWITCH)
     threading.stack_size(_STACK)
     _raise_limit()
     _share_parsing()

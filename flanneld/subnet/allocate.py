@@ -150,7 +150,8 @@ def decide(
     free = first_free(taken, config, CONTENDED if contended else CANDIDATES)
     if not free:
         raise OutOfSubnets(_out_of_subnets(config), tuple(warnings))
-    return Create(rng.choice(free), False, tuple(notes), tuple(warnings))
+    subnet = IPv4Network((rng.choice(free), config.subnet_len))
+    return Create(subnet, False, tuple(notes), tuple(warnings))
 
 
 def _reuse(chosen: Lease, own: Iterable[Lease], own_ip: IPv4Address) -> Reuse:
@@ -181,18 +182,16 @@ def _holder(
     return None
 
 
-def first_free(
-    taken: Iterable[IPv4Network], config: Config, most: int = CANDIDATES
-) -> list[IPv4Network]:
-    """The first free subnets from ``subnet_min`` upwards, at most ``most``.
+def first_free(taken: Iterable[IPv4Network], config: Config, most: int = CANDIDATES) -> list[int]:
+    """The first free subnets' addresses from ``subnet_min`` upwards, at most ``most``.
 
     Its time grows with the number of taken ranges, not with the size of the network.
     """
-    free: list[IPv4Network] = []
+    base, size = int(config.subnet_min), config.subnet_size
+    free: list[int] = []
     for start, stop in _gaps(taken, config):
-        for index in range(start, min(stop, start + most - len(free))):
-            address = int(config.subnet_min) + index * config.subnet_size
-            free.append(IPv4Network((address, config.subnet_len)))
+        end = min(stop, start + most - len(free))
+        free.extend(range(base + start * size, base + end * size, size))
         if len(free) == most:
             break
     return free

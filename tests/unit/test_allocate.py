@@ -215,7 +215,7 @@ def test_out_of_subnets(leases: list[str], unreadable: tuple[str, ...]) -> None:
     )
 
 
-def lines_run(cfg: Config, taken: list[IPv4Network]) -> tuple[int, list[IPv4Network]]:
+def lines_run(cfg: Config, taken: list[IPv4Network]) -> tuple[int, list[int]]:
     """How many lines of the allocator ran, and what it found."""
     lines = 0
 
@@ -242,7 +242,7 @@ def test_a_huge_network_is_not_walked() -> None:
         for text in ("10.0.0.0/9", "10.0.0.0/10", "10.128.0.0/10", "10.192.0.0/11", "10.224.0.0/12")
     ]
     lines, found = lines_run(cfg, taken)
-    assert found[0] == IPv4Network("10.240.0.0/30")
+    assert found[0] == int(IPv4Address("10.240.0.0"))
     assert len(found) == 100
     assert lines < 1500
     assert lines_run(cfg, [IPv4Network("10.0.0.0/8")]) == (lines_run(cfg, [cfg.network])[0], [])
@@ -326,7 +326,7 @@ def walk(cfg: Config, taken: list[IPv4Network]) -> Iterator[IPv4Network]:
 @given(situations())
 def test_first_free_is_the_walk(situation: tuple[Config, list[IPv4Network]]) -> None:
     cfg, taken = situation
-    assert first_free(taken, cfg) == list(walk(cfg, taken))[:100]
+    assert first_free(taken, cfg) == [int(net.network_address) for net in walk(cfg, taken)][:100]
 
 
 @settings(deadline=None)
