@@ -9,6 +9,8 @@ from pathlib import Path
 from lab.etcd import Etcd
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+# Seconds; it may be busy.
+_ANSWER = 120.0
 _METRICS = {
     "written": "etcd_disk_wal_write_bytes_total",
     "syncs": "etcd_disk_wal_fsync_duration_seconds_count",
@@ -62,7 +64,7 @@ def _cpu(pid: int) -> float:
 
 
 def _metrics(etcd: Etcd) -> dict[str, float]:
-    with etcd.client() as client:
+    with etcd.client(timeout=_ANSWER) as client:
         text = client.request("GET", "/metrics")[2].decode()
     return {name: _number(rf"^{metric} ([0-9.e+]+)$", text) for name, metric in _METRICS.items()}
 

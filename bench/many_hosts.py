@@ -91,7 +91,7 @@ class Bench:
 
     def put_config(self, prefix: str, network: IPv4Network) -> None:
         config = {"Network": str(network), "SubnetLen": SUBNET_LEN, "Backend": {"Type": "vxlan"}}
-        with self.members[0].client() as client:
+        with self.members[0].client(timeout=_STEP) as client:
             client.put(f"{prefix}/config", json.dumps(config))
 
     @contextmanager
@@ -201,7 +201,7 @@ def empty_etcd(bench: Bench, fleet: Fleet) -> None:
     (member,) = bench.members
     member.wipe()
     began = time.monotonic()
-    with bench.step("etcd emptied", fleet) as step, member.client() as client:
+    with bench.step("etcd emptied", fleet) as step, member.client(timeout=_STEP) as client:
         bench.put_config("/wide", WIDE)
         until = began + _STEP
         while (back := len(client.list("/wide/subnets"))) < bench.hosts:
@@ -214,7 +214,7 @@ def empty_etcd(bench: Bench, fleet: Fleet) -> None:
 
 
 def _index(bench: Bench) -> int:
-    with bench.members[0].client() as client:
+    with bench.members[0].client(timeout=_STEP) as client:
         return client.index()
 
 
