@@ -35,6 +35,9 @@ class Spent:
         return Spent(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Spent)))
 
 
+NOTHING = Spent(0.0, 0.0, 0.0, 0.0)
+
+
 def spent(members: Sequence[Etcd]) -> Spent:
     """What these have spent since their start."""
     metrics = [_metrics(member) for member in members]

@@ -95,11 +95,15 @@ class Bench:
             client.put(f"{prefix}/config", json.dumps(config))
 
     @contextmanager
-    def step(self, title: str, fleet: Fleet) -> Iterator[Step]:
-        """Measure both sides from here to the end of the block."""
+    def step(self, title: str, fleet: Fleet, *, anew: bool = False) -> Iterator[Step]:
+        """Measure both sides from here to the end of the block.
+
+        ``anew``: etcd is started within, so that all that it has spent in the end belongs to it.
+        """
         step = Step(title)
         self.steps.append(step)
-        began, before = time.monotonic(), etcdload.spent(self.members)
+        began = time.monotonic()
+        before = etcdload.NOTHING if anew else etcdload.spent(self.members)
         fleet.tally()
         yield step
         step.add_tally(fleet.tally())
@@ -182,26 +186,29 @@ def restart_etcd(bench: Bench, fleet: Fleet) -> None:
     for member in bench.members:
         member.stop()
     time.sleep(_AWAY)  # all hosts have noticed, and pause
-    fleet.tally()
     began = time.monotonic()
-    for member in bench.members:
-        member.launch()
-    for member in bench.members:
-        member.wait_healthy(_STEP)
-    with bench.step(f"etcd stopped for {_AWAY:.0f} s and started", fleet) as step:
+    with bench.step(f"etcd stopped for {_AWAY:.0f} s and started", fleet, anew=True) as step:
+        for member in bench.members:
+            member.launch()
+        for member in bench.members:
+            member.wait_healthy(_STEP)
         step.add("until etcd is healthy", time.monotonic() - began, "s")
         states = bench.wait(fleet, lambda all_: all(s.snapshot_at > began for s in all_))
         back = [s.snapshot_at - began for s in states if s.snapshot_at > began]
-        _add_times(step, "from etcd's start until a host follows", back)
+        _add_times(step, "until a host follows", back)
     step.add("hosts that do not", len(states) - len(back))
 
 
 def empty_etcd(bench: Bench, fleet: Fleet) -> None:
     """etcd comes back with no data but the config: all hosts publish their leases again."""
     (member,) = bench.members
-    member.wipe()
     began = time.monotonic()
-    with bench.step("etcd emptied", fleet) as step, member.client(timeout=_STEP) as client:
+    with (
+        bench.step("etcd emptied", fleet, anew=True) as step,
+        member.client(timeout=_STEP) as client,
+    ):
+        member.wipe(wait=False)
+        member.wait_healthy(_STEP)
         bench.put_config("/wide", WIDE)
         until = began + _STEP
         while (back := len(client.list("/wide/subnets"))) < bench.hosts:
@@ -209,8 +216,9 @@ def empty_etcd(bench: Bench, fleet: Fleet) -> None:
                 break
             time.sleep(_LOOK)
         step.add("until all leases are back", time.monotonic() - began, "s")
-        converge(bench, fleet, step, began)
+        states = bench.wait(fleet, lambda all_: agreed(all_) == len(all_))
     step.add("leases that are not", bench.hosts - back)
+    step.add("hosts that do not know all others", len(states) - agreed(states))
 
 
 def _index(bench: Bench) -> int:
