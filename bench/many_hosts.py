@@ -114,7 +114,7 @@ class Bench:
         """Whether another step may begin."""
         if time.monotonic() < self.deadline:
             return True
-        self.problems.append("the time was over before all steps were done")
+        self.problems = ["the time was over before all steps were done"]
         return False
 
     def wait(self, fleet: Fleet, done: Callable[[list[State]], bool]) -> list[State]:
