@@ -32,7 +32,7 @@ WIDE = IPv4Network("10.0.0.0/8")
 SUBNET_LEN = 24
 
 # Seconds: how long a step may take until what is missing counts as lost, and the whole run.
-_STEP, _WHOLE = 240.0, 540.0
+_STEP, _WHOLE = 400.0, 540.0
 # Seconds at rest, and until idle polls are spread as they are for ever.
 _REST, _SETTLE = 40.0, 5.0
 # Renewals one by one, and at one instant (all of the hosts, if there are fewer).
