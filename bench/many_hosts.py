@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TextIO
 
 from bench import etcdload, machine
-from bench.hosts import Fleet, State, Tally, agreed
+from bench.hosts import Fleet, State, Tally, agreed, attrs_of
+from flanneld.subnet.lease import subnet_key
 from lab.etcd import LOOPBACK, Etcd, Member, free_ports
 from lab.names import sweep_stale
 from lab.process import LabError
@@ -37,6 +38,8 @@ _STEP, _WHOLE = 400.0, 540.0
 _REST, _SETTLE = 40.0, 5.0
 # Renewals one by one, and at one instant (all of the hosts, if there are fewer).
 _SINGLE, _BURST = 10, 200
+# Requests, of those that cost much and of those that cost little.
+_LISTS, _READS = 100, 1000
 # Seconds that etcd is away.
 _AWAY = 3.0
 # And between looks at the hosts.
@@ -125,6 +128,32 @@ class Bench:
             if done(states) or time.monotonic() > until:
                 return states
             time.sleep(_LOOK)
+
+
+def costs(bench: Bench) -> None:
+    """One request of each kind, with as many leases as there will be hosts, and none of these."""
+    step = Step(f"What one request costs etcd, with {bench.hosts} leases")
+    bench.steps.append(step)
+    directory = "/v2/keys/costs/subnets"
+    with bench.members[0].client(timeout=_STEP) as client:
+        for number in range(bench.hosts):
+            subnet = IPv4Network((int(WIDE.network_address) + (number << 8), SUBNET_LEN))
+            client.put(f"/costs/subnets/{subnet_key(subnet)}", attrs_of(number).encode(), ttl=86400)
+        client.put("/costs/config", "{}")
+        index = client.index()
+        for name, path, count in (
+            ("the list of all leases", f"{directory}?recursive=true&quorum=true", _LISTS),
+            ("one key, linearizable", "/v2/keys/costs/config?quorum=true", _READS),
+            ("an event", f"{directory}?recursive=true&wait=true&waitIndex={index - 1}", _READS),
+        ):
+            before = etcdload.spent(bench.members)
+            for _ in range(count):
+                size = len(client.request("GET", path)[2])
+            cpu = (etcdload.spent(bench.members) - before).cpu
+            step.add(f"{name}: CPU of etcd", cpu / count * 1000, "ms")
+            step.add(f"{name}: size", size / 1024, "KiB")
+        client.delete("/costs", recursive=True)
+    print(f"  {step.title}", file=sys.stderr, flush=True)
 
 
 def start(bench: Bench, fleet: Fleet, title: str) -> dict[int, IPv4Network]:
@@ -235,6 +264,7 @@ def _add_times(step: Step, name: str, seconds: Sequence[float]) -> None:
 
 def run(bench: Bench) -> None:
     """Everything, one after the other, for as long as there is time."""
+    costs(bench)
     single = len(bench.members) == 1
     steps: list[Callable[[Bench, Fleet], None]] = [rest, renew_one_by_one, renew_together]
     steps += [restart_etcd, empty_etcd] if single else [restart_etcd]

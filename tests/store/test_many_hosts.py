@@ -79,6 +79,8 @@ def test_what_was_found_is_written_down(
     bench: Bench, fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     many_hosts.renew_one_by_one(bench, fleet)
+    many_hosts.costs(bench)
+    assert 30 * 200 < 1024 * figure(bench.steps[-1], "the list of all leases: size") < 30 * 300
     many_hosts.write(bench, {"machine": "this"}, tmp_path)
     found = json.loads((tmp_path / "many_hosts.json").read_text())
     assert [step["step"] for step in found["steps"]] == [step.title for step in bench.steps]
