@@ -29,6 +29,7 @@ from typing import Any, Self, TypeVar
 from flanneld.clock import now
 from flanneld.errors import Stopped, StoreError
 from flanneld.subnet import local_manager, watch
+from flanneld.subnet.config import Config
 from flanneld.subnet.etcd_member import Credentials
 from flanneld.subnet.etcdv2 import EtcdV2Store
 from flanneld.subnet.lease import Lease, LeaseAttrs, parse_lease
@@ -42,6 +43,8 @@ T = TypeVar("T")
 FIRST_IP = IPv4Address("172.16.0.1")
 # As the flag --subnet-lease-renew-margin has it, in seconds.
 _MARGIN = 3600.0
+# Seconds until the config is asked for again; the daemon's.
+_RETRY = 1.0
 # Bytes; the interpreter's frames are elsewhere. Thousands of threads have one each.
 _STACK = 256 << 10
 # What the hosts yield to: etcd, which in truth has a machine of its own.
@@ -206,7 +209,7 @@ class SimulatedHost:
     def _live(self, gate: threading.Event) -> None:
         gate.wait()
         manager, stop = self._manager, self._stop
-        config = manager.network_config()
+        config = self._config()
         lease = manager.acquire_lease(config, attrs_of(self.number), stop)
         self.leased_at = time.monotonic()
         self.lease = lease
@@ -222,6 +225,15 @@ class SimulatedHost:
                 elif event.previous is None:
                     self.peers += 1
             self.changed_at = time.monotonic()
+
+    def _config(self) -> Config:
+        """The network config; asked for again and again, as the daemon's start does."""
+        while not self._stop.is_set():
+            try:
+                return self._manager.network_config()
+            except StoreError:
+                self._stop.wait(_RETRY)
+        raise Stopped
 
 
 @dataclass(frozen=True, slots=True)
