@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -23,6 +23,7 @@ from bench import etcdload, machine
 from bench.hosts import Fleet, State, Tally, agreed, attrs_of
 from flanneld.subnet.lease import subnet_key
 from lab.etcd import LOOPBACK, Etcd, Member, free_ports
+from lab.etcdv2 import EtcdV2Error
 from lab.names import sweep_stale
 from lab.process import LabError
 from lab.report import Report
@@ -93,9 +94,18 @@ class Bench:
         return Fleet(self.endpoints, prefix, self.hosts, self.processes, previous)
 
     def put_config(self, prefix: str, network: IPv4Network) -> None:
+        """Write it, however busy etcd is."""
         config = {"Network": str(network), "SubnetLen": SUBNET_LEN, "Backend": {"Type": "vxlan"}}
+        until = time.monotonic() + _STEP
         with self.members[0].client(timeout=_STEP) as client:
-            client.put(f"{prefix}/config", json.dumps(config))
+            while True:
+                try:
+                    client.put(f"{prefix}/config", json.dumps(config))
+                except EtcdV2Error:
+                    if time.monotonic() > until:
+                        raise
+                else:
+                    return
 
     @contextmanager
     def step(self, title: str, fleet: Fleet, *, anew: bool = False) -> Iterator[Step]:
@@ -240,10 +250,11 @@ def empty_etcd(bench: Bench, fleet: Fleet) -> None:
         member.wait_healthy(_STEP)
         bench.put_config("/wide", WIDE)
         until = began + _STEP
-        while (back := len(client.list("/wide/subnets"))) < bench.hosts:
-            if time.monotonic() > until:
-                break
+        back = 0
+        while back < bench.hosts and time.monotonic() < until:
             time.sleep(_LOOK)
+            with suppress(EtcdV2Error):  # it is too busy
+                back = len(client.list("/wide/subnets"))
         step.add("until all leases are back", time.monotonic() - began, "s")
         states = bench.wait(fleet, lambda all_: agreed(all_) == len(all_))
     step.add("leases that are not", bench.hosts - back)
@@ -356,8 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(members, options.hosts, options.processes)
         try:
             run(bench)
-        except (LabError, NotInTime, TimeoutError) as error:
-            bench.problems.append(str(error))
+        except (LabError, NotInTime, EtcdV2Error, OSError) as error:
+            # What was found until then is worth as much.
+            bench.problems.append(f"the run ended early: {error!r}")
     about["load average after"] = machine.load()
     about["duration"] = f"{time.monotonic() - began:.0f} s"
     write(bench, about, options.output)
