@@ -30,7 +30,7 @@ POLICY := /usr/sbin/policy-rc.d
 APT := apt-get -o DPkg::Lock::Timeout=300
 
 .PHONY: help install packages compiled demo test lint unit netns docker chaos soak fuzz bench bench-vxlan \
-	soak-udp bench-udp install-system test-systemd clean
+	soak-udp bench-udp bench-hosts install-system test-systemd clean
 
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; seconds, the first time minutes)"
@@ -51,6 +51,7 @@ help:
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
 	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
+	@echo "make bench-hosts  HOSTS=2000 hosts without a kernel on one real etcd (4 GB; 10 min)"
 	@echo "make install-system  flanneld as a service of this machine, or of the tree DESTDIR= (PREFIX=$(PREFIX))"
 	@echo "make test-systemd    the service in Debian machines of its own under qemu (root; up to an hour)"
 	@echo "make clean     remove $(VENV) and everything that was built"
@@ -131,6 +132,11 @@ bench: compiled
 
 bench-udp: compiled
 	$(BIN)/python -m bench.udp_tunnel
+
+# As many as were asked for on the command line, else not demo's few.
+bench-hosts: HOSTS = 2000
+bench-hosts: compiled
+	$(BIN)/python -m bench.many_hosts $(HOSTS)
 
 test: lint compiled
 	$(BIN)/pytest tests

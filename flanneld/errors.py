@@ -78,6 +78,10 @@ class StoreUnavailable(StoreError):
     """No member of the store gave an answer; the request may or may not have been carried out."""
 
 
+class StoreSilent(StoreUnavailable):
+    """As its base; a member that was connected to did not answer in time."""
+
+
 class StoreDenied(StoreError):
     """The store wants other credentials."""
 

@@ -20,7 +20,8 @@ SLACK = 30.0
 
 # Seconds in which the store's client is back from what a loop asked of it, whatever the store does.
 # An outage costs one request: for each endpoint a look-up of its name (up to 30 s), a connection
-# (2 s) and an answer (5 s). Lost races cost up to 30 requests that were answered.
+# (2 s) and an answer (5 s; the list of all leases 20 s). Lost races cost up to 30 requests that
+# were answered.
 STORE = 300.0
 
 # Seconds. A loop that waits for events only comes round as often as this.

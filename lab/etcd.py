@@ -252,12 +252,12 @@ class Etcd:
         self.stop()
         self.start()
 
-    def wipe(self) -> None:
+    def wipe(self, *, wait: bool = True) -> None:
         """Come back with no data at all, and with an index that starts again. Ends any login."""
         self.stop()
         shutil.rmtree(self.data, ignore_errors=True)
         self._login = None
-        self.start()
+        self.start(wait=wait)
 
     def backup(self) -> Path:
         """A copy of the data as a crash at this moment would leave it."""

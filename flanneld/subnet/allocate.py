@@ -18,6 +18,10 @@ from flanneld.subnet.lease import Lease
 # Hosts that start together pick at random among this many, so that few of them collide.
 CANDIDATES = 100
 
+# And among this many once another host was faster: then many start together, and with each further
+# collision the store has to list all leases once more.
+CONTENDED = 6400
+
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
@@ -86,11 +90,13 @@ def decide(
     config: Config,
     *,
     rng: Random,
+    contended: bool = False,
 ) -> Decision:
     """Choose this host's subnet.
 
     ``leases`` are all leases in the store; ``unreadable`` the ranges of keys that are no
-    readable lease but look taken; ``previous`` the subnet this host had, from the subnet file.
+    readable lease but look taken; ``previous`` the subnet this host had, from the subnet file;
+    ``contended`` is whether another host was faster than this one in an earlier round.
     In this order: a compatible lease of our own IP, unless an elder one overlaps it; the
     previous subnet if free; one of the first free subnets, at random. Raises
     :class:`OutOfSubnets` if there is none.
@@ -141,10 +147,11 @@ def decide(
     taken = [lease.subnet for lease in leases]
     taken.extend(unreadable)
     notes.append(f"Picking subnet in range {config.subnet_min} ... {config.subnet_max}")
-    free = first_free(taken, config)
+    free = first_free(taken, config, CONTENDED if contended else CANDIDATES)
     if not free:
         raise OutOfSubnets(_out_of_subnets(config), tuple(warnings))
-    return Create(rng.choice(free), False, tuple(notes), tuple(warnings))
+    subnet = IPv4Network((rng.choice(free), config.subnet_len))
+    return Create(subnet, False, tuple(notes), tuple(warnings))
 
 
 def _reuse(chosen: Lease, own: Iterable[Lease], own_ip: IPv4Address) -> Reuse:
@@ -175,17 +182,17 @@ def _holder(
     return None
 
 
-def first_free(taken: Iterable[IPv4Network], config: Config) -> list[IPv4Network]:
-    """The first free subnets from ``subnet_min`` upwards, at most :data:`CANDIDATES`.
+def first_free(taken: Iterable[IPv4Network], config: Config, most: int = CANDIDATES) -> list[int]:
+    """The first free subnets' addresses from ``subnet_min`` upwards, at most ``most``.
 
     Its time grows with the number of taken ranges, not with the size of the network.
     """
-    free: list[IPv4Network] = []
+    base, size = int(config.subnet_min), config.subnet_size
+    free: list[int] = []
     for start, stop in _gaps(taken, config):
-        for index in range(start, min(stop, start + CANDIDATES - len(free))):
-            address = int(config.subnet_min) + index * config.subnet_size
-            free.append(IPv4Network((address, config.subnet_len)))
-        if len(free) == CANDIDATES:
+        end = min(stop, start + most - len(free))
+        free.extend(range(base + start * size, base + end * size, size))
+        if len(free) == most:
             break
     return free
 

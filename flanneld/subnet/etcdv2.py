@@ -20,6 +20,7 @@ from http.client import IncompleteRead, RemoteDisconnected
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from flanneld.clock import now
 from flanneld.errors import (
     CompareFailed,
     HistoryCleared,
@@ -27,6 +28,7 @@ from flanneld.errors import (
     OptionError,
     StoreDenied,
     StoreError,
+    StoreSilent,
     StoreUnavailable,
 )
 from flanneld.logs import verbose
@@ -45,7 +47,12 @@ from flanneld.subnet.store import Behind, Change, Node, Poll, Snapshot, StoreEve
 
 # isort: split
 # After python_etcd, as in etcd_member.
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, SSLError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    NewConnectionError,
+    ReadTimeoutError,
+    SSLError,
+)
 
 T = TypeVar("T")
 
@@ -83,6 +90,8 @@ class EtcdV2Store:
         random.shuffle(urls)
         self._members = [Member(url, context, credentials, self._sockets) for url in urls]
         self._current = 0
+        # Seconds that the next list of all leases may take to begin.
+        self._patience = 0.0
         self._config_key = quote(_path(prefix, "config"))
         self._subnets_path = _path(prefix, "subnets")
         self._subnets_key = quote(self._subnets_path)
@@ -94,10 +103,19 @@ class EtcdV2Store:
     def snapshot(self) -> Snapshot:
         """See `LeaseStore.snapshot`."""
         every = _QUORUM | {"recursive": True}
+        patience, began = max(self._patience, etcd_member.ANSWER_TIMEOUT), now()
         try:
-            return self._call(lambda member: _snapshot(member.read(self._subnets_key, **every)))
+            snapshot = self._call(
+                lambda member: _snapshot(member.read_patiently(patience, self._subnets_key, every))
+            )
         except KeyNotFound as absent:
-            return Snapshot((), absent.index)
+            snapshot = Snapshot((), absent.index)
+        except StoreSilent:
+            self._patience = min(2 * patience, etcd_member.LIST_TIMEOUT)
+            raise
+        if now() - began < etcd_member.ANSWER_TIMEOUT:
+            self._patience = 0.0
+        return snapshot
 
     def read(self, name: str) -> tuple[Node | None, int]:
         """See `LeaseStore.read`."""
@@ -173,6 +191,7 @@ class EtcdV2Store:
         A write is given to a second member only if the first cannot have seen it.
         """
         failures: list[str] = []
+        unavailable = StoreUnavailable
         start = self._current
         for step in range(len(self._members)):
             position = (start + step) % len(self._members)
@@ -188,6 +207,8 @@ class EtcdV2Store:
                 if isinstance(error, Refused) and not _is_members_fault(error):
                     self._turn_to(position)
                     raise _answer(error) from error
+                if _is_silence(error):
+                    unavailable = StoreSilent
                 reason = _failure_text(error)
                 failures.append(f"; error #{len(failures)}: {member.base_uri}: {reason}")
                 if position == self._current:
@@ -200,7 +221,7 @@ class EtcdV2Store:
                 self._turn_to(position)
                 return result
         self._sockets.check_open()
-        raise StoreUnavailable(
+        raise unavailable(
             "client: etcd cluster is unavailable or misconfigured" + "".join(failures)
         )
 
@@ -372,6 +393,13 @@ def _cause_text(cause: BaseException | None) -> str:
     if isinstance(last, OSError) and last.strerror:
         return last.strerror if isinstance(last, ssl.SSLError) else last.strerror.lower()
     return str(last) or type(last).__name__
+
+
+def _is_silence(error: Exception) -> bool:
+    """Tell whether the member had the request, and no answer came in time."""
+    if not isinstance(error, etcd.EtcdConnectionFailed):
+        return False
+    return any(isinstance(reason, ReadTimeoutError) for reason in _reasons(error.cause))
 
 
 def _never_sent(error: Exception) -> bool:

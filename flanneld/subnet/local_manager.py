@@ -103,19 +103,20 @@ class LocalManager:
         full = Outage(log.log, "failed to acquire lease", steady=OUT_OF_SUBNETS_PAUSE)
         say = Once(log.log)
         created: set[IPv4Network] = set()
-        waited = False
+        waited = contended = False
         while not stop.is_set():
             try:
                 if waited:
                     self._check_config_is_the_same()
                     waited = False
-                lease = self._acquire_round(config, attrs, say, created)
+                lease = self._acquire_round(config, attrs, say, created, contended)
             except OutOfSubnets as error:
                 say.warn(error.warnings)
                 full.failed(error, stop)
                 waited = True
             except (CompareFailed, KeyNotFound):
                 # Somebody was faster. A moment at random, so that the next round is not a draw.
+                contended = True
                 stop.wait(self._random.uniform(0, 0.05))
             except StoreError as error:
                 store_away.failed(error, stop)
@@ -137,14 +138,30 @@ class LocalManager:
             raise ConfigChanged("the network config has changed in the store")
 
     def _acquire_round(
-        self, config: Config, attrs: LeaseAttrs, say: Once, created: set[IPv4Network]
+        self,
+        config: Config,
+        attrs: LeaseAttrs,
+        say: Once,
+        created: set[IPv4Network],
+        contended: bool,
     ) -> Lease | None:
-        """Take one step; return the lease once it is ours. ``created``: keys of earlier rounds."""
+        """Take one step; return the lease once it is ours.
+
+        Of earlier rounds: ``created``, their keys, and whether another host was faster.
+        """
         snapshot = self._store.snapshot()
         leases, taken, bad = _read_leases(snapshot.nodes)
         # Before there may be no subnet left: then these may be the reason.
         say.warn(bad)
-        decision = decide(leases, taken, attrs.public_ip, self._previous, config, rng=self._random)
+        decision = decide(
+            leases,
+            taken,
+            attrs.public_ip,
+            self._previous,
+            config,
+            rng=self._random,
+            contended=contended,
+        )
         say.warn(decision.warnings)
         say.info(decision.notes)
         match decision:

@@ -1,5 +1,6 @@
 """Members that are dead, mute or slow; answers that are lost; closing in the middle."""
 
+import contextlib
 import random
 import socket
 import threading
@@ -192,6 +193,33 @@ def test_frozen_etcd_costs_one_timeout(
         assert time.monotonic() - began < 3
     finally:
         own_etcd.thaw()
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_list_that_comes_late_is_waited_for_longer(
+    etcd: Etcd, store: EtcdV2Store, make_store: MakeStore
+) -> None:
+    """Given up as early each time, an etcd that is busy with many would be asked for ever."""
+    created = store.create(NAME, VALUE, None)
+
+    def busy(_: Request) -> Action:
+        time.sleep(2.0)
+        return Forward.ANSWER
+
+    with Server(busy, upstream=etcd.url) as server:
+        slow = make_store(server.url)
+        with pytest.raises(StoreUnavailable, match="i/o timeout"):
+            slow.snapshot()
+        for _ in range(2):  # once more too early, if need be
+            with contextlib.suppress(StoreUnavailable):
+                assert slow.snapshot().nodes == (created,)
+                break
+        else:
+            pytest.fail("it gives up too early for ever")
+        # It is still busy, so that it gets the same time again; but one key has no such excuse.
+        assert slow.snapshot().nodes == (created,)
+        with pytest.raises(StoreUnavailable, match="i/o timeout"):
+            slow.read(NAME)
 
 
 def test_poll_goes_on_at_the_next_endpoint_when_its_own_dies(

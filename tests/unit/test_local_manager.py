@@ -4,6 +4,7 @@ On a double, see `memory_store`; the real etcd is in tests/store.
 """
 
 import logging
+import random
 import threading
 from ipaddress import IPv4Address, IPv4Network
 
@@ -198,6 +199,20 @@ def test_our_lease_changed_while_we_took_it(
     assert manager.acquire_lease(CONFIG, ATTRS, stop).subnet == SUBNET
     assert held(store) == OURS
     assert stop.waits[0] <= 0.05
+
+
+def test_who_was_too_slow_looks_further_away(store: MemoryStore, stop: Stop) -> None:
+    """Many start together, so that the next of the first hundred is soon taken, too."""
+    manager = LocalManager(store, None)
+    manager._random = random.Random(1)
+
+    def take_the_first_hundred() -> None:
+        for third in range(1, 101):
+            store.data.put(f"10.0.{third}.0-24", OTHER, 50)
+
+    store.before_write.append(take_the_first_hundred)
+    lease = manager.acquire_lease(parse_config('{"Network":"10.0.0.0/8"}'), ATTRS, stop)
+    assert lease.subnet.network_address > IPv4Address("10.0.200.0")
 
 
 def test_an_unreadable_key_keeps_its_range(

@@ -156,6 +156,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     fake = SimpleNamespace(SimpleQueue=lambda: host, Empty=queue.Empty)
     monkeypatch.setattr(monitor, "queue", fake)
     monkeypatch.setattr(monitor, "LOOK", LOOK)
+    monkeypatch.setattr(monitor, "EARLY", 0.0)
     return host
 
 
@@ -172,6 +173,30 @@ def test_renewed_when_it_is_due(host: Host) -> None:
 
 def test_renewed_for_ever(host: Host) -> None:
     host.run(DUE, host.check(1), DUE, host.check(2), DUE, host.check(3))
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.5, 1.0])
+def test_hosts_that_started_together_do_not_renew_together(
+    host: Host, monkeypatch: pytest.MonkeyPatch, moment: float
+) -> None:
+    """A moment of its own for each host and each renewal, however often the store is read."""
+    monkeypatch.setattr(monitor, "EARLY", 0.1)
+    monkeypatch.setattr(monitor, "uniform", lambda low, high: low + moment * (high - low))
+    due = round(DUE * (1 - 0.1 * moment))
+    read = host.write(VALUE, LEASE_TTL)
+    again = round((LEASE_TTL - MARGIN) * (1 - 0.1 * moment))
+    host.run(due - 1, host.check(0, LEASE_TTL - due + 1), 1, host.check(1), read, again - 1)
+    assert host.writes() == 1
+
+
+def test_the_moment_is_drawn_once_for_each_renewal(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a lease that is read once a minute would be renewed at the earliest of 1,400 moments."""
+    draws = iter([0.0, 0.1])
+    monkeypatch.setattr(monitor, "EARLY", 0.1)
+    monkeypatch.setattr(monitor, "uniform", lambda *_: next(draws))
+    host.run(DUE - 100, host.away, host.back, 99, host.check(0, MARGIN + 1), 1, host.check(1))
 
 
 def test_renewed_at_once_after_a_suspension(host: Host) -> None:
