@@ -269,13 +269,13 @@ def _index(bench: Bench) -> int:
         return client.index()
 
 
-def _settled(bench: Bench, index: int) -> int:
+def _settled(bench: Bench, start: int) -> int:
     """Wait until etcd's index has grown, and grows no more; return it."""
-    until = time.monotonic() + _STEP
+    index, until = start, time.monotonic() + _STEP
     while time.monotonic() < until:
         time.sleep(2 * _LOOK)
         before, index = index, _index(bench)
-        if index == before:
+        if start < index == before:
             break
     return index
 
