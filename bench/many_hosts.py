@@ -1,9 +1,10 @@
 """Many hosts on one etcd: ``python -m bench.many_hosts [HOSTS]``, or ``make bench-hosts``.
 
 The hosts have no kernel: they are the daemon's subnet managers, thousands of threads in a few
-processes (see `bench.hosts`), and etcd is a real one on loopback. After about ten minutes it ends, and says what it has not done.
-The hosts share this machine's processors with etcd, so that what takes long here may do so for
-their sake: compare the seconds of processor time, which are given for each side.
+processes (see `bench.hosts`), and etcd is a real one on loopback. After about ten minutes it ends,
+and says so if it has not done everything. The hosts share this machine's processors with etcd, so
+that what takes long here may do so for their sake: compare the seconds of processor time, which are
+given for each side.
 """
 
 import argparse
