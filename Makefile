@@ -51,7 +51,7 @@ help:
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
 	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
-	@echo "make bench-hosts  HOSTS=2000 hosts without a kernel on one real etcd (4 GB; 10 min)"
+	@echo "make bench-hosts  HOSTS=2000 hosts without a kernel on one real etcd (10 min)"
 	@echo "make install-system  flanneld as a service of this machine, or of the tree DESTDIR= (PREFIX=$(PREFIX))"
 	@echo "make test-systemd    the service in Debian machines of its own under qemu (root; up to an hour)"
 	@echo "make clean     remove $(VENV) and everything that was built"
