@@ -47,7 +47,7 @@ _TRIES = 3
 
 # Checks between two searches for garbage. python-iptables' objects refer to each other in circles,
 # and a few of each check become so old that Python looks for them after hours only: by then they
-# are 2.7 MB. A search takes some 20 ms.
+# are 2.7 MB. A search takes some 30 ms.
 _COLLECT = 50
 
 _ATTRIBUTES = {"src": "-s", "dst": "-d", "protocol": "-p", "in-interface": "-i",
