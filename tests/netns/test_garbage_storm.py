@@ -35,7 +35,7 @@ WARM_UP, STORM = 800, 2400
 # library left to itself it was 1,400 to 2,700; one value kept of each write would be some 4 MB.
 SLACK = 1000
 
-# Keys; with their nonsense that is a list of leases of 4 MB.
+# Keys; with their nonsense that is a list of leases of 3 MB.
 LONG_LIST = [f"10.5.{50 + number // 10}.{number % 10 * 4}-30" for number in range(1000)]
 
 # KiB, as tests/soak allows.

@@ -172,3 +172,20 @@ print(json.dumps([[answer is not None] for answer in answers]))
 def test_where_the_kernel_refuses_the_question_there_is_no_answer(make_lab: MakeLab) -> None:
     """Without a socket, and without CAP_NET_ADMIN. What that leads to is a unit test."""
     assert run(make_lab, RESTORE, REFUSED) == [[True], [False], [False]]
+
+
+MANY_CHECKS = """
+import gc
+counts = []
+for _ in range(2):
+    for _ in range(200):
+        assert driver.check()
+    counts.append(len(gc.get_objects()))
+print(json.dumps([counts]))
+"""
+
+
+def test_checks_leave_no_objects_behind(make_lab: MakeLab) -> None:
+    """python-iptables leaves circles of objects. Two and more of each check were kept for hours."""
+    ((before, after),) = run(make_lab, LEGACY, MANY_CHECKS)
+    assert after - before < 200
