@@ -340,8 +340,10 @@ def test_waiting_in_vain_says_for_what_and_what_was_seen() -> None:
 
 # Nothing stays behind
 
+# Under nohup SIGHUP is ignored, and would be in here.
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.path.insert(0, sys.argv[1])
 from lab import Lab
 with Lab(hosts=2) as lab:
@@ -367,12 +369,18 @@ def start_child(ending: str) -> tuple[subprocess.Popen[str], str]:
     return child, prefix
 
 
+def three_pids(prefix: str) -> list[int]:
+    pids = [pid for n in ("net", "h1", "h2") for pid in names.pids(f"{prefix}-{n}")]
+    assert len(pids) == 3
+    return pids
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_nothing_stays_after_a_signal(number: signal.Signals) -> None:
     child, prefix = start_child("time.sleep(60)")
     with child:
-        pids = [pid for n in ("net", "h1", "h2") for pid in names.pids(f"{prefix}-{n}")]
-        assert len(pids) == 3
+        # What was started may not have entered its namespace yet.
+        pids = eventually(lambda: three_pids(prefix), 20, "etcd and two sleeps")
         child.send_signal(number)
         # A second one, while it cleans up, must not cut that short.
         time.sleep(0.02)
