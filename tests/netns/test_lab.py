@@ -390,6 +390,26 @@ def test_nothing_stays_after_a_signal(number: signal.Signals) -> None:
     assert [pid for pid in pids if is_running(pid)] == []
 
 
+# A second SIGTERM when the first has ended the work, and nothing is cleaned up yet.
+TWICE = """
+    import os
+    from lab import namespaces
+    def undisturbed(real=namespaces.undisturbed):
+        namespaces.undisturbed = real
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real()
+    namespaces.undisturbed = undisturbed
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_nothing_stays_after_a_second_signal_before_the_clean_up() -> None:
+    child, prefix = start_child(TWICE.strip())
+    with child:
+        assert child.wait(20) != 0
+    assert left_of(prefix) == []
+
+
 def test_nothing_stays_after_an_exception() -> None:
     child, prefix = start_child("raise ValueError")
     with child:
