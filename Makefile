@@ -15,6 +15,11 @@ SECONDS ?= 600
 MINUTES ?= 30
 SEED ?=
 PEER ?=
+JOBS ?= 3
+
+# Files of tests side by side, in processes of their own: most of a test is waiting. In order of
+# their names: the short ones of tests/unit come last, and so all processes end at about one time.
+SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
@@ -35,7 +40,8 @@ APT := apt-get -o DPkg::Lock::Timeout=300
 help:
 	@echo "make demo      three hosts, real etcd, real daemons: a first look (root; seconds, the first time minutes)"
 	@echo "               HOSTS=5, BACKEND=host-gw or BACKEND=udp choose others"
-	@echo "make test      lint, types, unit tests and, as root, the tests on the real kernel"
+	@echo "make test      lint, types, unit tests and, as root, the tests on the real kernel;"
+	@echo "               JOBS=3 files of tests side by side, with 0 all one by one"
 	@echo "make install   the virtual environment $(VENV) and the Debian packages that are missing"
 	@echo "make lint      ruff and mypy only"
 	@echo "make unit      unit tests only (no root, no network)"
@@ -97,10 +103,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 unit: compiled
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest $(SIDE_BY_SIDE) tests/unit
 
 netns: compiled
-	$(BIN)/pytest tests/netns
+	$(BIN)/pytest $(SIDE_BY_SIDE) tests/netns
 
 docker: compiled
 	$(BIN)/pytest tests/docker
@@ -139,7 +145,7 @@ bench-hosts: compiled
 	$(BIN)/python -m bench.many_hosts $(HOSTS)
 
 test: lint compiled
-	$(BIN)/pytest tests
+	$(BIN)/pytest $(SIDE_BY_SIDE) tests
 
 bench-vxlan: compiled
 	$(BIN)/python -m bench.vxlan_throughput

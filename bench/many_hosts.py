@@ -352,7 +352,7 @@ def _number(value: float) -> str:
 @contextmanager
 def running(count: int) -> Iterator[list[Etcd]]:
     """So many members of one etcd, on loopback."""
-    ports = free_ports(LOOPBACK, 2 * count)
+    ports = free_ports(2 * count)
     known = [Member(f"m{n}", LOOPBACK, ports[2 * n], ports[2 * n + 1]) for n in range(count)]
     with ExitStack() as stack:
         members = [Etcd(members=known, name=member.name) for member in known]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from lab.notify import Notification, NotifySocket
-from lab.process import LabError, end, environment, tail
+from lab.process import LabError, end, tail
 from lab.wait import NotInTime, eventually
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class Flanneld:
         self.host.lab.when_closing(self._notify.close)
         self._log_from = self._log.stat().st_size
         # FLANNELD_* of whoever runs the lab would be options of this daemon.
-        env = {k: v for k, v in environment().items() if not k.startswith("FLANNELD_")}
+        own = self.host.environment()
+        env = {k: v for k, v in own.items() if not k.startswith("FLANNELD_")}
         env |= {"NOTIFY_SOCKET": str(self._notify.path), "PYTHONPATH": str(_TOP), **self.environ}
         self.started = time.monotonic()
         self._process = self.host.popen(self.argv, output=self._log, env=env)

@@ -3,10 +3,12 @@
 Needs etcd 3.4 or 3.5 (Debian's etcd-server): 3.6 no longer has ``--enable-v2``.
 """
 
+import random
 import shutil
 import socket
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -25,6 +27,9 @@ LOOPBACK = IPv4Address("127.0.0.1")
 # etcd allocates a log segment of 64 MB ahead, and a second one early.
 _DATA_BYTES = 256 << 20
 _START_SECONDS = 20.0
+# Below those that Linux gives to connections (from 32768 on): one of the many connections of labs
+# beside this one would get the port between our look and etcd's start, or while etcd is down.
+_PORTS = range(10_000, 32_768)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,8 @@ class Etcd:
         name = self.directory.name
         if self._namespace is not None:
             return Member(name, self.address, port or 2379, 2380)
-        free = free_ports(self.address, 2)
-        return Member(name, self.address, port or free[0], free[1])
+        client_port, peer_port = free_ports(2, self.address)
+        return Member(name, self.address, port or client_port, peer_port)
 
     def __enter__(self) -> Self:
         try:
@@ -337,10 +342,13 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in environment().items() if not name.startswith("ETCD_")}
 
 
-def free_ports(address: IPv4Address, count: int) -> list[int]:
-    """Ports nobody listens on now."""
-    sockets = [socket.create_server((str(address), 0)) for _ in range(count)]
-    ports: list[int] = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
+def free_ports(count: int, address: IPv4Address = LOOPBACK) -> list[int]:
+    """Different ports nobody listens on now, and that no connection gets by itself."""
+    found: list[int] = []
+    # Not from the random numbers that hypothesis sets: labs beside this one would have the same.
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        if len(found) == count:
+            return found
+        with suppress(OSError), socket.create_server((str(address), port)):
+            found.append(port)
+    raise LabError(f"no free ports on {address}")

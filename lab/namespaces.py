@@ -56,6 +56,13 @@ class Namespace:
         """
         return ["nsenter", f"--net={self.path}", *argv]
 
+    def environment(self) -> dict[str, str]:
+        """The environment of the commands inside.
+
+        With a lock for iptables of its own: that in /run would be shared with all other labs.
+        """
+        return environment(XTABLES_LOCKFILE=str(self.lab.directory / f"{self.label}-xtables.lock"))
+
     def run(
         self,
         argv: Sequence[str],
@@ -65,7 +72,8 @@ class Namespace:
         stdin: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside to its end. Raises LabError as ``process.run`` does."""
-        return run(self.command(argv), check=check, timeout=timeout, stdin=stdin)
+        argv = self.command(argv)
+        return run(argv, check=check, timeout=timeout, stdin=stdin, env=self.environment())
 
     def popen(
         self, argv: Sequence[str], *, output: Path, env: Mapping[str, str] | None = None
@@ -80,7 +88,7 @@ class Namespace:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=environment() if env is None else env,
+                env=self.environment() if env is None else env,
                 start_new_session=True,
             )
         self.lab.processes.append(process)
@@ -237,7 +245,7 @@ class Lab:
         try:
             self._set_up()
         except BaseException:
-            self.close()
+            self._close_surely()
             raise
         return self
 
@@ -247,7 +255,15 @@ class Lab:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self._close_surely()
+
+    def _close_surely(self) -> None:
+        try:
+            self.close()
+        except KeyboardInterrupt:
+            # A second Ctrl-C or SIGTERM may come just before `close` holds such off.
+            self.close()
+            raise
 
     def _set_up(self) -> None:
         hosts, etcd = self._wanted

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lab.wait import eventually
@@ -27,8 +27,9 @@ def run(
     stdin: str | None = None,
     check: bool = True,
     timeout: float = 30.0,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and return its output as text.
+    """Run a command to its end and return its output as text; ``env`` is ``environment()``.
 
     Raises LabError when it cannot be started or takes longer than ``timeout`` seconds (it is
     killed then), and with ``check`` also when its status is not 0.
@@ -43,7 +44,7 @@ def run(
             text=True,
             check=False,
             timeout=timeout,
-            env=environment(),
+            env=environment() if env is None else env,
             # Ctrl-C reaches the lab only, which then ends everything in order.
             start_new_session=True,
         )

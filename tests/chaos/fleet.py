@@ -17,7 +17,7 @@ from network import (
 )
 from overlay import entries, of_peers
 
-from lab import Flanneld, Host, Lab, eventually
+from lab import Flanneld, Host, Lab, NotInTime, eventually
 from lab.cluster import EtcdCluster
 from lab.etcd import Etcd
 from lab.etcdv2 import Node
@@ -112,12 +112,25 @@ def value_of_peer(backend: str, address: object, mac: str) -> str:
 
 
 def peers_said(daemon: Flanneld) -> int:
-    """Ask a daemon how many peers it has."""
+    """Ask a daemon how many peers it has.
+
+    More than once, if need be: it has no answer before it knows of its lease, be it in etcd.
+    """
     pattern = re.compile(r"State: leased \S+, (\d+) peers", re.MULTILINE)
     before = len(pattern.findall(daemon.log()))
-    os.kill(daemon.pid, signal.SIGUSR1)
-    eventually(lambda: len(pattern.findall(daemon.log())) > before, PATIENCE, "a report")
-    return int(pattern.findall(daemon.log())[-1])
+
+    def answers() -> list[str]:
+        return pattern.findall(daemon.log())[before:]
+
+    def asked() -> bool:
+        os.kill(daemon.pid, signal.SIGUSR1)
+        try:
+            return bool(eventually(answers, 1.0, "a report"))
+        except NotInTime:
+            return False
+
+    eventually(asked, PATIENCE, "a report")
+    return int(answers()[-1])
 
 
 def make_fleet(make_lab: MakeLab, backend: str, hosts: int = HOSTS) -> Fleet:

@@ -1,7 +1,7 @@
 """Two hosts with a real flanneld and a real dockerd each. They need root.
 
 As root nothing is skipped: a missing tool is a failure. Without root they are not collected, and
-the summary says so.
+the summary says so (tests/conftest.py).
 """
 
 import os
@@ -22,11 +22,6 @@ if not ROOT:
 
 
 CLUSTERS = pytest.StashKey[list[Cluster]]()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not ROOT:
-        terminalreporter.write_line("not root: the tests with docker did not run")
 
 
 @pytest.hookimpl(wrapper=True)

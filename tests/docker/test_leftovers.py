@@ -1,5 +1,6 @@
 """Nothing of a dockerd of the lab stays: no process, no mount, no control group, no file."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -52,8 +53,10 @@ def test_a_killed_runs_docker_is_swept() -> None:
             prefix = run.stdout.readline().decode().strip()
         finally:
             run.kill()
-    assert prefix
-    assert "dockerd" in _commands(prefix)
+        assert prefix
+        # Tests beside this one may sweep, too: not before this process has waited for it.
+        os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT)
+        assert "dockerd" in _commands(prefix)
     Lab.sweep_stale()
     eventually(lambda: not _commands(prefix), PATIENCE, "the end of what was killed")
     # A control group can be removed when its last process is gone.

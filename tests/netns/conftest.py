@@ -1,6 +1,6 @@
 """Tests on the real kernel, with a real etcd and real processes. They need root.
 
-Without root they are not collected, and the summary says so.
+Without root they are not collected, and the summary says so (tests/conftest.py).
 """
 
 import pytest
@@ -13,8 +13,3 @@ if not ROOT:
 
 # An assertion in there shows its values, too.
 pytest.register_assert_rewrite("network")
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not ROOT:
-        terminalreporter.write_line("not root: the tests on the real kernel did not run")

@@ -55,15 +55,16 @@ def tools_environment(lab: Lab, kind: Kind) -> dict[str, str]:
     return environment(PATH=path, PYTHONPATH=str(TOP))
 
 
-def flanneld(host: Host, kind: Kind, *extra: str) -> Flanneld:
-    """Return a daemon on a host with this iptables; not started."""
+def flanneld(host: Host, kind: Kind, *extra: str, code: str = "") -> Flanneld:
+    """Return a daemon on a host with this iptables; not started. ``code``: what starts it."""
     path = f"PATH={commands(host.lab, kind.variant)}:{environment()['PATH']}"
-    return Flanneld(host, *extra, program=["env", path, sys.executable, "-m", "flanneld"])
+    how = ["-c", code] if code else ["-m", "flanneld"]
+    return Flanneld(host, *extra, program=["env", path, sys.executable, *how])
 
 
-def start(host: Host, kind: Kind, *extra: str) -> Flanneld:
+def start(host: Host, kind: Kind, *extra: str, code: str = "") -> Flanneld:
     """Start such a daemon; it is ready."""
-    daemon = flanneld(host, kind, *extra).start()
+    daemon = flanneld(host, kind, *extra, code=code).start()
     daemon.wait_ready(2 * PATIENCE)
     return daemon
 

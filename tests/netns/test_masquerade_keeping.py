@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 from firewall import (
@@ -44,12 +45,12 @@ FOREIGN_NAT = [
 ]
 
 
-def running(make_lab: MakeLab, kind: Kind, *extra: str) -> tuple[Lab, Host, Flanneld]:
+def running(make_lab: MakeLab, kind: Kind, code: str = "") -> tuple[Lab, Host, Flanneld]:
     """Return a lab with one host, whose FORWARD drops and whose daemon looks each second."""
     lab = make(make_lab, kind)
     host = lab.hosts[0]
     iptables(host, kind, "-P", "FORWARD", "DROP")
-    return lab, host, start(host, kind, "--ip-masq", "--iptables-resync=1", *extra)
+    return lab, host, start(host, kind, "--ip-masq", "--iptables-resync=1", code=code)
 
 
 def spoil(host: Host, kind: Kind, *rules: str) -> None:
@@ -59,6 +60,15 @@ def spoil(host: Host, kind: Kind, *rules: str) -> None:
         host.run(["nft", "-f", "-"], stdin=text + "\n")
     else:
         restored(host, kind, "\n".join(["*nat", *rules, "COMMIT", ""]))
+
+
+def is_spoilt(host: Host, kind: Kind, subnet: object, lines: Sequence[str]) -> bool:
+    """Spoil the rules, and return whether they are seen so; the daemon may have been quicker."""
+    spoil(host, kind, *lines)
+    try:
+        return not in_place(host, kind, subnet)
+    except AssertionError:
+        return True
 
 
 ACCEPT_ALL = {
@@ -89,9 +99,7 @@ def test_whatever_is_changed_by_hand_is_put_back(make_lab: MakeLab, kind: Kind) 
     daemon.wait_log(BACK, PATIENCE)
     wait_in_place(host, kind, subnet)
     for what, lines in ways.items():
-        spoil(host, kind, *lines)
-        with pytest.raises(AssertionError):
-            in_place(host, kind, subnet)
+        eventually(partial(is_spoilt, host, kind, subnet, lines), PATIENCE, f"spoilt: {what}")
         eventually(lambda: in_place(host, kind, subnet), PATIENCE, f"{kind}: mended: {what}")
         # It looks at what it has written, and pauses if that is gone three times in a row.
         time.sleep(0.5)
@@ -139,13 +147,25 @@ while True:
     print(len(driver.remove()), flush=True)
 """
 
+# A daemon that never pauses. One that three times in a row does not find what it has just written,
+# as may happen beside the hammer, does so for ten minutes. Its lock is the one that iptables takes
+# by itself, not that of the lab.
+TIRELESS = """
+import os
+del os.environ["XTABLES_LOCKFILE"]
+from flanneld.masquerade import keeper
+keeper.UNSEEN_PAUSE = 0.0
+from flanneld.__main__ import console
+console()
+"""
+
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_no_rule_of_concurrent_writers_is_lost(make_lab: MakeLab, kind: Kind) -> None:
     """Neither of theirs nor of ours, while the daemon and a second writer of ours are at work."""
-    lab, host, daemon = running(make_lab, kind)
+    lab, host, daemon = running(make_lab, kind, TIRELESS)
     script = (
-        "for i in $(seq 125); do"
+        "unset XTABLES_LOCKFILE; for i in $(seq 125); do"
         f" iptables-{kind.variant} -w -t nat -A POSTROUTING"
         " -s 192.0.2.$i -d 198.51.100.$1 -j RETURN || exit 1; done"
     )
@@ -158,7 +178,7 @@ def test_no_rule_of_concurrent_writers_is_lost(make_lab: MakeLab, kind: Kind) ->
         host.popen(["sh", "-c", script, "sh", str(n)], output=lab.scratch_file("writer"))
         for n in range(4)
     ]
-    assert [writer.wait(120) for writer in writers] == [0, 0, 0, 0]
+    assert [writer.wait(300) for writer in writers] == [0, 0, 0, 0]
     # It was at work all the time, however few turns the other writers left it.
     assert output.read_text().count("\n") > begun
     assert hammer.poll() is None, output.read_text()[-2000:]

@@ -47,7 +47,7 @@ def test_ten_thousand_peers(make_lab: MakeLab) -> None:
     peers = [peer(n) for n in range(PEERS)]
     put_peers(lab, peers[:-LIVE])
     daemon = Flanneld(host).start()
-    daemon.wait_ready(LONG)
+    daemon.wait_ready(3 * LONG)
     # READY=1 means that all of them are in the kernel.
     assert entries(host) == of_peers(peers[:-LIVE])
     put_peers(lab, peers[-LIVE:])

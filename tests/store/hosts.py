@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -13,6 +14,7 @@ from flanneld.subnet.etcdv2 import EtcdV2Store
 from flanneld.subnet.lease import Lease, LeaseAttrs, subnet_key
 from flanneld.subnet.local_manager import LocalManager
 from flanneld.subnet.manager import LeaseState, LeaseStatus
+from flanneld.subnet.store import Node as StoreNode
 from flanneld.subnet.watch import EventType, LeaseEvent
 from lab.etcd import Etcd
 from lab.etcdv2 import EtcdV2, Node
@@ -41,6 +43,14 @@ def peer_ip(number: int) -> str:
 def peer_subnet(number: int) -> str:
     """The subnet of peer 1, 2, ...: not those that hosts of a test pick for themselves."""
     return str(IPv4Network((int(IPv4Address("10.5.128.0")) + 16 * number, 28)))
+
+
+def later(node: StoreNode, found: StoreNode | None) -> StoreNode:
+    """What a node is to be that is found some moments after it was written: it has less to live."""
+    if node.ttl is None or found is None or found.ttl is None:
+        return node
+    assert node.ttl - SOON <= found.ttl <= node.ttl
+    return replace(node, ttl=found.ttl)
 
 
 class Following(Generic[T]):

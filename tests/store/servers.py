@@ -20,6 +20,8 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
+from lab.etcd import free_ports
+
 LOOPBACK = "127.0.0.1"
 
 
@@ -296,5 +298,4 @@ class DeafListener:
 
 def free_url() -> str:
     """The URL of a port nobody listens on."""
-    with socket.create_server((LOOPBACK, 0)) as sock:
-        return f"http://{LOOPBACK}:{sock.getsockname()[1]}"
+    return f"http://{LOOPBACK}:{free_ports(1)[0]}"

@@ -16,7 +16,7 @@ from lab.etcd import LOOPBACK, Etcd, Login
 from lab.process import run
 
 from .conftest import MakeStore
-from .hosts import NETWORK, attrs
+from .hosts import NETWORK, attrs, later
 from .servers import Server, answer
 
 PREFIX = "/coreos.com/network"
@@ -51,7 +51,8 @@ def test_tls_with_client_certificate(
     good = Credentials(str(files.client), str(files.client_key), str(files.ca))
     store = make_store(secure.url, credentials=good)
     node = store.create(NAME, VALUE, 3600)
-    assert store.snapshot().nodes == (node,)
+    (found,) = store.snapshot().nodes
+    assert found == later(node, found)
     event = store.poll(None, node.index - 1, 5).event
     assert event is not None
     assert event.node == node
@@ -210,7 +211,8 @@ def test_basic_auth(own_etcd: Etcd, make_store: MakeStore, login: Login) -> None
     store = make_store(own_etcd.url, at=PREFIX, credentials=log_in(login.user, login.password))
     assert store.read_config() == NETWORK
     node = store.create(NAME, VALUE, 3600)
-    assert store.snapshot().nodes == (node,)
+    (found,) = store.snapshot().nodes
+    assert found == later(node, found)
     assert store.poll(None, node.index, 0.2).event is None
     for wrong in (
         log_in(login.user, "wrong"),

@@ -55,7 +55,7 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def members(_etcd_installed: None) -> Iterator[list[Etcd]]:
     """A real cluster of three."""
-    ports = iter(free_ports(LOOPBACK, 6))
+    ports = iter(free_ports(6))
     known = [Member(f"m{n}", LOOPBACK, next(ports), next(ports)) for n in range(3)]
     with ExitStack() as stack:
         cluster = [Etcd(members=known, name=member.name) for member in known]

@@ -13,7 +13,7 @@ from lab.etcd import Etcd
 from lab.etcdv2 import EtcdV2
 
 from .conftest import MakeStore
-from .hosts import OWN_IP, attrs
+from .hosts import OWN_IP, attrs, later
 from .servers import Forward, Request, Server, answer
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "etcd-v2-http.txt"
@@ -141,7 +141,8 @@ def test_any_prefix_is_used_as_the_original_does(
     store = make_store(etcd.url, at=given.format(unique))
     created = store.create(NAME, VALUE, 60)
     assert client.get(f"{top}/subnets/{NAME}") is not None
-    assert store.snapshot().nodes == (created,)
+    (found,) = store.snapshot().nodes
+    assert found == later(created, found)
     event = store.poll(None, created.index - 1, 5).event
     assert event is not None
     assert (event.change, event.name, event.node) == (Change.SET, NAME, created)
