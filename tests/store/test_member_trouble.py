@@ -275,16 +275,23 @@ def test_two_watches_look_as_often_as_one(etcd: Etcd, make_store: MakeStore) -> 
 
 @pytest.mark.usefixtures("_often")
 @pytest.mark.parametrize("kind", ["mute", "no leader"])
-def test_requests_that_wait_for_ever(etcd: Etcd, make_store: MakeStore, kind: str) -> None:
-    """A read goes on at the next member. A write does not: it may have been carried out."""
+def test_requests_that_wait_for_ever(
+    etcd: Etcd, make_store: MakeStore, kind: str, tls: tuple[ssl.SSLContext | None, str]
+) -> None:
+    """A read goes on at the next member. A write does not: it may have been carried out.
+
+    With TLS the member has said something, its session tickets, but nothing of an answer.
+    """
+    context, authority = tls
+    credentials = Credentials(ca_file=authority)
 
     def behave(request: Request) -> Action:
         return ELECTION if request.is_look and kind == "no leader" else Stall()
 
-    with Server(behave) as first:
-        store = make_store(f"{first.url},{etcd.url}")
+    with Server(behave, tls=context) as first:
+        store = make_store(f"{first.url},{etcd.url}", credentials=credentials)
         assert store.snapshot().nodes == ()
-        store = make_store(f"{first.url},{etcd.url}")
+        store = make_store(f"{first.url},{etcd.url}", credentials=credentials)
         with pytest.raises(StoreUnavailable, match="the write may have been carried out"):
             store.create(NAME, VALUE, 60)
         assert store.create(NAME, VALUE, 60).value == VALUE
