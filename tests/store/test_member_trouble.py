@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flanneld.errors import StoreUnavailable
-from flanneld.subnet import etcd_member, local_manager
+from flanneld.subnet import etcd_member, etcdv2, local_manager
 from flanneld.subnet.etcd_member import Credentials
 from flanneld.subnet.etcdv2 import EtcdV2Store
 from flanneld.subnet.manager import LeaseState
@@ -310,6 +310,44 @@ def test_any_user_may_look(own_etcd: Etcd, prefix: str, make_store: MakeStore) -
         eventually(lambda: len(first.looks()) > 2, SOON, "looks")
         assert polling.is_waiting()
         assert store._members[0].look(SOON)[0] == ""
+
+
+@pytest.mark.usefixtures("_often")
+def test_hosts_do_not_go_round_in_circles(
+    etcd: Etcd, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever has our poll is too slow to answer a look, as if the polls made it so."""
+    monkeypatch.setattr(etcdv2, "_LEFT_MOST", 4)
+    at: list[int] = []
+
+    def behaviour(number: int) -> Callable[[Request], Action]:
+        def behave(request: Request) -> Action:
+            if request.is_poll:
+                at.append(number)
+                return Stall(poll_head(10**6))
+            if request.is_look:
+                return b"" if at and at[-1] == number else NO_ETCD
+            return Forward.ANSWER
+
+        return behave
+
+    with (
+        Server(behaviour(0), upstream=etcd.url) as first,
+        Server(behaviour(1), upstream=etcd.url) as second,
+    ):
+        store = make_store(f"{first.url},{second.url}")
+        start = store.snapshot().index
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match="does not answer"):
+                store.poll(None, start, NEVER)
+        before = len(first.looks())
+        polling = Polling(store, start)
+        eventually(lambda: len(first.looks()) > before, SOON, "one more look")
+        threading.Event().wait(5 * etcd_member.LOOK)
+        assert polling.is_waiting()
+        assert len(at) == 5
+        # And such a member is not asked all the time.
+        assert len(first.looks()) == before + 1
 
 
 @pytest.mark.usefixtures("_often")
