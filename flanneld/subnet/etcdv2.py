@@ -16,7 +16,7 @@ import re
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from http.client import IncompleteRead, RemoteDisconnected
 from typing import Any, TypeVar
@@ -182,9 +182,9 @@ class EtcdV2Store:
         A write is given to a second member only if the first cannot have seen it.
         """
         failures: list[str] = []
-        start = self._current
-        for step in range(len(self._members)):
-            position = (start + step) % len(self._members)
+        tried: set[int] = set()
+        while (position := self._next(tried)) is not None:
+            tried.add(position)
             member = self._members[position]
             self._sockets.check_open()
             try:
@@ -213,6 +213,12 @@ class EtcdV2Store:
             "client: etcd cluster is unavailable or misconfigured" + "".join(failures)
         )
 
+    def _next(self, tried: Collection[int]) -> int | None:
+        """Return which member to ask now; None if all were."""
+        count, start = len(self._members), self._current
+        ring = ((start + step) % count for step in range(count))
+        return next((position for position in ring if position not in tried), None)
+
     def _watch(self, position: int) -> Watch | None:
         """Return how to wait for this member; None if there is nobody else to ask."""
         if len(self._members) == 1:
@@ -234,11 +240,14 @@ class EtcdV2Store:
         for step in range(1, len(self._members)):
             if self._sockets.are_closed:
                 break
-            other = self._members[(position + step) % len(self._members)]
+            better = (position + step) % len(self._members)
+            other = self._members[better]
             if not other.look(etcd_member.OTHER_TIMEOUT)[0]:
                 if silent:
                     self._left.append(time.monotonic())
                 log.log(verbose(1), "Leaving %s: %s", member.base_uri, trouble)
+                if position == self._current:
+                    self._turn_to(better)
                 raise ConnectionAbortedError(errno.ECONNABORTED, trouble)
             other.forget_connections()
         return pause

@@ -220,6 +220,28 @@ def test_left_when_it_is_in_trouble_and_another_is_not(
 
 
 @pytest.mark.usefixtures("_often")
+def test_goes_on_at_the_member_that_was_found_well(etcd: Etcd, make_store: MakeStore) -> None:
+    """Not at the next in the ring, which is in trouble as well, and would have to be left, too."""
+    well = threading.Event()
+    well.set()
+    look = polled(lambda: Forward.ANSWER if well.is_set() else ELECTION)
+    with (
+        Server(look, upstream=etcd.url) as first,
+        Server(polled(lambda: ELECTION), upstream=etcd.url) as second,
+        Server(upstream=etcd.url) as third,
+    ):
+        store = make_store(f"{first.url},{second.url},{third.url}")
+        polling = Polling(store, store.snapshot().index)
+        eventually(first.polls, SOON, "a poll at the first")
+        well.clear()
+        eventually(third.polls, SOON, "a poll at the third")
+        assert second.polls() == []
+        store.snapshot()
+        assert all(request.is_look for request in second.requests)
+        assert polling.is_waiting()
+
+
+@pytest.mark.usefixtures("_often")
 def test_kept_when_no_other_is_better(etcd: Etcd, make_store: MakeStore) -> None:
     """A store without quorum is no reason to ask round. Once another is well, it is left."""
     well = threading.Event()
