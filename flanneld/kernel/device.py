@@ -5,6 +5,7 @@ every restart, that saves 50 ms of the start; `prepare_changes` imports it when 
 """
 
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ from flanneld.interface import Address
 from flanneld.kernel import hostwire
 from flanneld.kernel.hostwire import Device
 from flanneld.kernel.netlink import RequestSocket
+
+log = logging.getLogger(__name__)
 
 
 class Kernel:
@@ -99,9 +102,12 @@ def prepare_changes() -> None:
     """Import what a change takes.
 
     Not first when something is wrong: it takes a tenth of a second and 6.5 MB, and the package's
-    files may have been replaced by then.
+    files may have been replaced by then. If they are being replaced now, that is only said.
     """
-    import flanneld.kernel.iproute  # noqa: F401 - see above
+    try:
+        import flanneld.kernel.iproute  # noqa: F401 - see above
+    except Exception as error:  # noqa: BLE001 - half a file may raise any; nothing is changed now
+        log.warning("cannot import pyroute2, by which the device would be mended: %r", error)
 
 
 @contextmanager

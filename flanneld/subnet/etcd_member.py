@@ -74,6 +74,9 @@ LATE = 1.0
 LOOK_TIMEOUT = 1.5
 OTHER_TIMEOUT = 1.0
 
+# The trouble of a member that lets such a look wait, too.
+SILENT = "it does not answer"
+
 # Characters of a foreign answer that a log line shows.
 _SHOWN = 200
 
@@ -226,7 +229,7 @@ class Member(etcd.Client):  # type: ignore[misc]  # python-etcd has no type info
                 answer = self.http.request("GET", url, **options)
         except (HTTPError, OSError, ValueError) as error:
             log.log(verbose(2), "%s: %r", url, error)
-            return "it does not answer"
+            return SILENT
         return str(Refused(answer.status, answer.data)) if answer.status >= 500 else ""
 
     def expect_event(self, after: int | None, timeout: float) -> Head:

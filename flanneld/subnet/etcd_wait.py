@@ -56,7 +56,9 @@ class WatchfulSocket(socket.socket):
     """A socket whose reads wait as the thread's watch says."""
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        _wait(self)
+        wait = _wait_for(self)
+        if wait is not None:
+            wait.until(select.POLLIN)
         return super().recv_into(*args, **kwargs)
 
 
@@ -64,9 +66,23 @@ class WatchfulTLSSocket(ssl.SSLSocket):
     """The same with TLS."""
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        if not self.pending():
-            _wait(self)
-        return super().recv_into(*args, **kwargs)
+        wait = _wait_for(self)
+        if wait is None:
+            return super().recv_into(*args, **kwargs)
+        # What can be read may be nothing for us, as the tickets that follow each handshake and a
+        # part of a record. OpenSSL would wait for the rest by itself, and nobody look meanwhile.
+        timeout = self.gettimeout()
+        self.settimeout(0.0)
+        try:
+            while True:
+                try:
+                    return super().recv_into(*args, **kwargs)
+                except ssl.SSLWantReadError:
+                    wait.until(select.POLLIN)
+                except ssl.SSLWantWriteError:
+                    wait.until(select.POLLOUT)
+        finally:
+            self.settimeout(timeout)
 
 
 def watchful(sock: socket.socket) -> WatchfulSocket:
@@ -77,26 +93,40 @@ def watchful(sock: socket.socket) -> WatchfulSocket:
     return taken
 
 
-def _wait(sock: socket.socket) -> None:
-    """Wait until there is something to read. Raises TimeoutError as the read itself would."""
+def _wait_for(sock: socket.socket) -> "_Wait | None":
+    """Return how to wait before a read; None if the read itself shall."""
     watch: Watch | None = getattr(_here, "watch", None)
     timeout = sock.gettimeout()
-    if watch is None or timeout is None:
-        return
-    now = time.monotonic()
-    end, due = now + timeout, now + watch.pause
-    while not _is_readable(sock, min(due, end) - now):
+    return None if watch is None or not timeout else _Wait(sock, watch, timeout)
+
+
+class _Wait:
+    """One read's wait; it may be for several things, one after the other."""
+
+    def __init__(self, sock: socket.socket, watch: Watch, timeout: float) -> None:
+        self._sock = sock
+        self._look = watch.look
         now = time.monotonic()
-        if now >= end:
-            raise TimeoutError("timed out")
-        if now >= due:
-            with watching(None):
-                pause = watch.look()
+        self._end, self._due = now + timeout, now + watch.pause
+
+    def until(self, event: int) -> None:
+        """Wait for an event of poll(2). Raises TimeoutError as the read itself would."""
+        while not self._is_there(event, min(self._due, self._end) - time.monotonic()):
             now = time.monotonic()
-            due = now + pause
+            if now >= self._end:
+                raise TimeoutError("timed out")
+            if now >= self._due:
+                try:
+                    with watching(None):
+                        pause = self._look()
+                except OSError:
+                    # Slow to answer, but alive: what has come meanwhile counts.
+                    if self._is_there(event, 0.0):
+                        return
+                    raise
+                self._due = time.monotonic() + pause
 
-
-def _is_readable(sock: socket.socket, timeout: float) -> bool:
-    poll = select.poll()  # select() knows descriptors up to 1,023 only
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(max(0, math.ceil(timeout * 1000))))
+    def _is_there(self, event: int, timeout: float) -> bool:
+        poll = select.poll()  # select() knows descriptors up to 1,023 only
+        poll.register(self._sock, event)
+        return bool(poll.poll(max(0, math.ceil(timeout * 1000))))

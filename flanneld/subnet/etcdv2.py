@@ -14,7 +14,9 @@ import posixpath
 import random
 import re
 import ssl
-from collections.abc import Callable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from http.client import IncompleteRead, RemoteDisconnected
 from typing import Any, TypeVar
@@ -62,6 +64,11 @@ log = logging.getLogger(__name__)
 # 300 raft internal error, 301 during leader election, 400 watcher cleared, 402 timeout.
 _MEMBER_ERRORS = frozenset({300, 301, 400, 402})
 
+# So often within so many seconds a member is left because it does not answer; two watches leave it
+# together. A store that is slow everywhere gets slower with each host that begins anew elsewhere.
+_LEFT_MOST = 6
+_LEFT_WITHIN = 60.0
+
 # What reading an answer raises that has not etcd's form; it comes from every layer.
 _NOT_UNDERSTOOD = (
     ArithmeticError,
@@ -92,6 +99,8 @@ class EtcdV2Store:
         self._current = 0
         # Seconds that the next list of all leases may take to begin.
         self._patience = 0.0
+        # When a member was left because it did not answer.
+        self._left: deque[float] = deque(maxlen=_LEFT_MOST)
         self._config_key = quote(_path(prefix, "config"))
         self._subnets_path = _path(prefix, "subnets")
         self._subnets_key = quote(self._subnets_path)
@@ -192,9 +201,9 @@ class EtcdV2Store:
         """
         failures: list[str] = []
         unavailable = StoreUnavailable
-        start = self._current
-        for step in range(len(self._members)):
-            position = (start + step) % len(self._members)
+        tried: set[int] = set()
+        while (position := self._next(tried)) is not None:
+            tried.add(position)
             member = self._members[position]
             self._sockets.check_open()
             try:
@@ -225,6 +234,12 @@ class EtcdV2Store:
             "client: etcd cluster is unavailable or misconfigured" + "".join(failures)
         )
 
+    def _next(self, tried: Collection[int]) -> int | None:
+        """Return which member to ask now; None if all were."""
+        count, start = len(self._members), self._current
+        ring = ((start + step) % count for step in range(count))
+        return next((position for position in ring if position not in tried), None)
+
     def _watch(self, position: int) -> Watch | None:
         """Return how to wait for this member; None if there is nobody else to ask."""
         if len(self._members) == 1:
@@ -240,15 +255,29 @@ class EtcdV2Store:
         trouble, age = member.look(etcd_member.LOOK_TIMEOUT, fresh=pause)
         if not trouble:
             return max(0.0, pause - age)
+        silent = trouble == etcd_member.SILENT
+        if silent and (rest := self._rest()):
+            return max(pause, rest)
         for step in range(1, len(self._members)):
             if self._sockets.are_closed:
                 break
-            other = self._members[(position + step) % len(self._members)]
+            better = (position + step) % len(self._members)
+            other = self._members[better]
             if not other.look(etcd_member.OTHER_TIMEOUT)[0]:
+                if silent:
+                    self._left.append(time.monotonic())
                 log.log(verbose(1), "Leaving %s: %s", member.base_uri, trouble)
+                if position == self._current:
+                    self._turn_to(better)
                 raise ConnectionAbortedError(errno.ECONNABORTED, trouble)
             other.forget_connections()
         return pause
+
+    def _rest(self) -> float:
+        """Return the seconds in which no member is left for its silence: it was done too often."""
+        if len(self._left) < _LEFT_MOST:
+            return 0.0
+        return max(0.0, self._left[0] + _LEFT_WITHIN - time.monotonic())
 
     def _turn_to(self, position: int) -> None:
         """Begin the next call with this member, and keep no idle connection to the one left.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flanneld.errors import StoreUnavailable
-from flanneld.subnet import etcd_member, local_manager
+from flanneld.subnet import etcd_member, etcdv2, local_manager
 from flanneld.subnet.etcd_member import Credentials
 from flanneld.subnet.etcdv2 import EtcdV2Store
 from flanneld.subnet.manager import LeaseState
@@ -220,6 +220,28 @@ def test_left_when_it_is_in_trouble_and_another_is_not(
 
 
 @pytest.mark.usefixtures("_often")
+def test_goes_on_at_the_member_that_was_found_well(etcd: Etcd, make_store: MakeStore) -> None:
+    """Not at the next in the ring, which is in trouble as well, and would have to be left, too."""
+    well = threading.Event()
+    well.set()
+    look = polled(lambda: Forward.ANSWER if well.is_set() else ELECTION)
+    with (
+        Server(look, upstream=etcd.url) as first,
+        Server(polled(lambda: ELECTION), upstream=etcd.url) as second,
+        Server(upstream=etcd.url) as third,
+    ):
+        store = make_store(f"{first.url},{second.url},{third.url}")
+        polling = Polling(store, store.snapshot().index)
+        eventually(first.polls, SOON, "a poll at the first")
+        well.clear()
+        eventually(third.polls, SOON, "a poll at the third")
+        assert second.polls() == []
+        store.snapshot()
+        assert all(request.is_look for request in second.requests)
+        assert polling.is_waiting()
+
+
+@pytest.mark.usefixtures("_often")
 def test_kept_when_no_other_is_better(etcd: Etcd, make_store: MakeStore) -> None:
     """A store without quorum is no reason to ask round. Once another is well, it is left."""
     well = threading.Event()
@@ -275,16 +297,23 @@ def test_two_watches_look_as_often_as_one(etcd: Etcd, make_store: MakeStore) -> 
 
 @pytest.mark.usefixtures("_often")
 @pytest.mark.parametrize("kind", ["mute", "no leader"])
-def test_requests_that_wait_for_ever(etcd: Etcd, make_store: MakeStore, kind: str) -> None:
-    """A read goes on at the next member. A write does not: it may have been carried out."""
+def test_requests_that_wait_for_ever(
+    etcd: Etcd, make_store: MakeStore, kind: str, tls: tuple[ssl.SSLContext | None, str]
+) -> None:
+    """A read goes on at the next member. A write does not: it may have been carried out.
+
+    With TLS the member has said something, its session tickets, but nothing of an answer.
+    """
+    context, authority = tls
+    credentials = Credentials(ca_file=authority)
 
     def behave(request: Request) -> Action:
         return ELECTION if request.is_look and kind == "no leader" else Stall()
 
-    with Server(behave) as first:
-        store = make_store(f"{first.url},{etcd.url}")
+    with Server(behave, tls=context) as first:
+        store = make_store(f"{first.url},{etcd.url}", credentials=credentials)
         assert store.snapshot().nodes == ()
-        store = make_store(f"{first.url},{etcd.url}")
+        store = make_store(f"{first.url},{etcd.url}", credentials=credentials)
         with pytest.raises(StoreUnavailable, match="the write may have been carried out"):
             store.create(NAME, VALUE, 60)
         assert store.create(NAME, VALUE, 60).value == VALUE
@@ -303,6 +332,44 @@ def test_any_user_may_look(own_etcd: Etcd, prefix: str, make_store: MakeStore) -
         eventually(lambda: len(first.looks()) > 2, SOON, "looks")
         assert polling.is_waiting()
         assert store._members[0].look(SOON)[0] == ""
+
+
+@pytest.mark.usefixtures("_often")
+def test_hosts_do_not_go_round_in_circles(
+    etcd: Etcd, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever has our poll is too slow to answer a look, as if the polls made it so."""
+    monkeypatch.setattr(etcdv2, "_LEFT_MOST", 4)
+    at: list[int] = []
+
+    def behaviour(number: int) -> Callable[[Request], Action]:
+        def behave(request: Request) -> Action:
+            if request.is_poll:
+                at.append(number)
+                return Stall(poll_head(10**6))
+            if request.is_look:
+                return b"" if at and at[-1] == number else NO_ETCD
+            return Forward.ANSWER
+
+        return behave
+
+    with (
+        Server(behaviour(0), upstream=etcd.url) as first,
+        Server(behaviour(1), upstream=etcd.url) as second,
+    ):
+        store = make_store(f"{first.url},{second.url}")
+        start = store.snapshot().index
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match="does not answer"):
+                store.poll(None, start, NEVER)
+        before = len(first.looks())
+        polling = Polling(store, start)
+        eventually(lambda: len(first.looks()) > before, SOON, "one more look")
+        threading.Event().wait(5 * etcd_member.LOOK)
+        assert polling.is_waiting()
+        assert len(at) == 5
+        # And such a member is not asked all the time.
+        assert len(first.looks()) == before + 1
 
 
 @pytest.mark.usefixtures("_often")

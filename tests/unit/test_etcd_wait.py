@@ -2,14 +2,19 @@
 
 import errno
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
+from ipaddress import IPv4Address
+from pathlib import Path
 
 import pytest
 
-from flanneld.subnet.etcd_wait import Watch, pause_for, watchful, watching
+from flanneld.subnet.etcd_wait import Watch, WatchfulTLSSocket, pause_for, watchful, watching
+from lab import certs
 
 NEVER = 3000.0
+SOON = 30.0
 
 
 @pytest.fixture
@@ -20,6 +25,31 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     ours = watchful(left)
     with ours, right:
         yield ours, right
+
+
+@pytest.fixture
+def tls_pair(tmp_path: Path) -> Iterator[tuple[ssl.SSLSocket, ssl.SSLSocket, socket.socket]]:
+    """The same with TLS, right after the handshake; and a third, that sends us bare bytes.
+
+    With TLS 1.3 the other end has sent its session tickets then.
+    """
+    made = certs.make(tmp_path / "tls", [IPv4Address("127.0.0.1")])
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(made.server, made.server_key)
+    context = ssl.create_default_context(cafile=str(made.ca))
+    context.sslsocket_class = WatchfulTLSSocket
+    left, right = socket.socketpair()
+    raw = right.dup()
+    left.settimeout(SOON)
+    shaking = threading.Thread(
+        target=lambda: ends.append(serving.wrap_socket(right, server_side=True))
+    )
+    ends: list[ssl.SSLSocket] = []
+    shaking.start()
+    ours = context.wrap_socket(left, server_hostname="127.0.0.1")
+    shaking.join()
+    with ours, ends[0], raw:
+        yield ours, ends[0], raw
 
 
 Pair = tuple[socket.socket, socket.socket]
@@ -132,3 +162,47 @@ def test_without_a_watch_it_is_an_ordinary_socket(pair: Pair) -> None:
     other.sendall(b"there")
     assert ours.recv(9) == b"there"
     assert ours.gettimeout() == NEVER
+
+
+TLSPair = tuple[ssl.SSLSocket, ssl.SSLSocket, socket.socket]
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x17\x03\x03"], ids=["tickets", "part of a record"])
+def test_what_is_of_tls_alone_is_no_answer(tls_pair: TLSPair, sent: bytes) -> None:
+    """There is something to read, but nothing in it for us: that is to wait, too."""
+    ours, _, raw = tls_pair
+    raw.sendall(sent)
+    looks = Looks(0.0, ConnectionAbortedError(errno.ECONNABORTED, "enough"))
+    with watching(Watch(0.01, looks)), pytest.raises(ConnectionAbortedError, match="enough"):
+        ours.recv_into(bytearray(9))
+    assert looks.count == 2
+    assert ours.gettimeout() == SOON
+
+
+def test_tls_reads_what_comes(tls_pair: TLSPair) -> None:
+    ours, other, raw = tls_pair
+    looks = Looks(0.0, b"there", other=other)
+    with watching(Watch(0.01, looks)):
+        assert ours.recv_into(bytearray(3)) == 3
+        # The rest is in OpenSSL's memory: nothing to wait for.
+        assert ours.recv_into(bytearray(9)) == 2
+    assert looks.count == 2
+    with watching(Watch(NEVER, looks)):
+        ours.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            ours.recv_into(bytearray(9))
+        raw.shutdown(socket.SHUT_WR)
+        assert ours.recv_into(bytearray(9)) == 0
+    assert looks.count == 2
+
+
+def test_what_has_come_during_a_bad_look_is_read(pair: Pair) -> None:
+    """It was slow to answer the look, and is alive: what it says counts."""
+    ours, other = pair
+
+    def look() -> float:
+        other.sendall(b"there")
+        raise ConnectionAbortedError(errno.ECONNABORTED, "it does not answer")
+
+    with watching(Watch(0.0, look)):
+        assert ours.recv_into(bytearray(9)) == 5
