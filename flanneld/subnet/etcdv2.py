@@ -249,7 +249,8 @@ class EtcdV2Store:
     def _look(self, position: int) -> float:
         """Look after a member that lets us wait; return the seconds until the next look.
 
-        Raises OSError, which ends the request, if it is in trouble and another member is not.
+        Raises OSError, which ends the request, if it is in trouble and another member is not; the
+        next call begins there.
         """
         member, pause = self._members[position], etcd_member.look_pause()
         trouble, age = member.look(etcd_member.LOOK_TIMEOUT, fresh=pause)

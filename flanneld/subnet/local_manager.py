@@ -279,6 +279,7 @@ class LocalManager:
         tidying = Tidying()
         first = True
         while not stop.is_set():
+            tidying.work(now())
             pulse.beat(STORE)
             try:
                 events = tracker.snapshot(self._store.snapshot(), now())

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_store import PATIENCE, Clock, Data, MemoryStore, Stop
 
-from flanneld import retry
+from flanneld import memory, retry
 from flanneld.errors import ConfigChanged, LeaseLost, Stopped, StoreError, StoreUnavailable
 from flanneld.subnet import local_manager
 from flanneld.subnet.config import parse_config
@@ -696,6 +696,33 @@ def test_a_history_used_up_at_any_other_time_is_said(
     assert heard == [
         "Watch of subnet leases failed because etcd index outside history window",
     ]
+
+
+def test_memory_is_given_back_while_the_store_is_away(
+    store: MemoryStore,
+    manager: LocalManager,
+    lease: Lease,
+    stop: Stop,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All leases were read just before, and an outage may last."""
+    given: list[int] = []
+
+    def give_back() -> None:
+        given.append(len(store.calls))
+        stop.set()
+
+    def on_call() -> None:
+        if len(store.calls) > 50:
+            stop.set()
+
+    monkeypatch.setattr(memory, "give_back", give_back)
+    watch = manager.watch_leases(CONFIG, lease, stop)
+    assert next(watch) == []
+    store.on_call = on_call
+    store.go_down(True)
+    assert list(watch) == []
+    assert len(given) == 1
 
 
 def test_polls_of_the_own_lease_that_end_at_once_are_not_repeated_at_once(
