@@ -13,9 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import iptc
-from iptc import easy
-
 from flanneld.masquerade.driver import (
     LOCK_TIMEOUT,
     Iptables,
@@ -23,6 +20,7 @@ from flanneld.masquerade.driver import (
     Verdict,
     legacy_tables,
 )
+from flanneld.masquerade.python_iptables import easy, iptc
 from flanneld.masquerade.restore import describe
 from flanneld.masquerade.rules import (
     Chain,
@@ -47,7 +45,7 @@ _TRIES = 3
 
 # Checks between two searches for garbage. python-iptables' objects refer to each other in circles,
 # and a few of each check become so old that Python looks for them after hours only: by then they
-# are 2.7 MB. A search takes some 30 ms.
+# are 2.7 MB. A search takes up to 30 ms.
 _COLLECT = 50
 
 _ATTRIBUTES = {"src": "-s", "dst": "-d", "protocol": "-p", "in-interface": "-i",

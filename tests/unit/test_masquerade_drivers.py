@@ -1,7 +1,10 @@
 """Which driver is chosen, what a failing tool leads to, and what the keeper says about it."""
 
 import builtins
+import importlib.util
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from ipaddress import IPv4Network
@@ -475,3 +478,19 @@ def test_what_other_drivers_left_is_named_and_their_failure_is_no_error(
 def test_iptables_is_named_in_the_log() -> None:
     named = Iptables("/sbin/iptables", "r", (1, 8, 9), "nf_tables")
     assert str(named) == "/sbin/iptables, v1.8.9 (nf_tables)"
+
+
+def test_python_iptables_comes_without_setuptools() -> None:
+    if importlib.util.find_spec("_distutils_hack") is None:
+        pytest.skip("no setuptools is installed, which would come with distutils")
+    program = """
+import sys
+from flanneld.masquerade.python_iptables import easy, iptc
+assert iptc.Table.FILTER == "filter" and easy.get_tables
+print(*sys.modules)
+import distutils.sysconfig
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not {"setuptools", "distutils"} & set(done.stdout.split())
