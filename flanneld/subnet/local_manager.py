@@ -289,6 +289,7 @@ class LocalManager:
                 if events or first:
                     first = False
                     yield events
+                del events  # all leases there are, which nobody needs while they are followed
                 yield from self._follow(tracker, warn, stop, pulse, tidying)
             except HistoryCleared:
                 log.warning(_HISTORY_CLEARED)
