@@ -149,6 +149,10 @@ class EtcdV2:
         """Whether this member says that it leads. Never raises for a dead or mute etcd."""
         return self._status("/v2/stats/self").get("state") == "StateLeader"
 
+    def watchers(self) -> int:
+        """How many watches wait for an event; 0 when no etcd answers."""
+        return int(self._status("/v2/stats/store").get("watchers", 0))
+
     def _status(self, path: str) -> dict[str, Any]:
         try:
             status, _, body = self.request("GET", path)

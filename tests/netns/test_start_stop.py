@@ -77,9 +77,11 @@ def ready(lab: Lab, daemon: Flanneld) -> None:
 def renewing_at_a_frozen_etcd(lab: Lab, daemon: Flanneld) -> None:
     ready(lab, daemon)
     etcd = etcd_of(lab)
-    # While the daemon sleeps, it is given a reason to renew, and nobody to answer.
-    freeze(daemon.pid)
     with etcd.client() as client:
+        # Ready is not yet that: one that is frozen before would not hear of what comes now.
+        eventually(lambda: client.watchers() == 2, PATIENCE, "both watches to wait")
+        # While the daemon sleeps, it is given a reason to renew, and nobody to answer.
+        freeze(daemon.pid)
         client.put(key_of(daemon.subnet()), value_of(daemon.host.address), ttl=100)
     wait_told(daemon)
     etcd.freeze()
