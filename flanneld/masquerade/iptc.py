@@ -120,6 +120,7 @@ def _commit(change: Edit) -> None:
     # Still the snapshot that was read, without a refresh: in another one the places to delete may
     # be somebody else's. The kernel refuses it if rules have come or gone meanwhile.
     table = iptc.Table(change.chain.table, autocommit=False)
+    _look_for_chains_in(change.chain.table)
     try:
         hook = iptc.Chain(table, change.chain.hook)
         there = hook.rules
@@ -139,6 +140,15 @@ def _commit(change: Edit) -> None:
     finally:
         # Drops what was not committed, and the snapshot that is old now.
         table.refresh()
+
+
+def _look_for_chains_in(table: str) -> None:
+    """Have python-iptables look in this table alone for a chain that a rule jumps to.
+
+    It would ask the kernel for all five. That makes those which are not there, and with each of
+    them a stop on the way of every packet; and it keeps a socket for each.
+    """
+    iptc.Table.existing_table_names.update({name: name == table for name in iptc.Table.ALL})
 
 
 def _read(chain: Chain) -> Found:

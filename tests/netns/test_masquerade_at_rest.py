@@ -18,7 +18,7 @@ NFTABLES_LEGACY = Kind("nftables", "legacy", True)
 
 # A host whose rules are in place. Its FORWARD drops, as docker has it.
 HOST = """
-import json, subprocess, sys
+import json, os, subprocess, sys
 from ipaddress import IPv4Network
 from flanneld.masquerade.choose import choose
 from flanneld.masquerade.driver import Commands
@@ -189,3 +189,31 @@ def test_checks_leave_no_objects_behind(make_lab: MakeLab) -> None:
     """python-iptables leaves circles of objects. Two and more of each check were kept for hours."""
     ((before, after),) = run(make_lab, LEGACY, MANY_CHECKS)
     assert after - before < 200
+
+
+TRACES = """
+shell("iptables -w -S >/dev/null; iptables -w -t nat -S >/dev/null")
+driver = choose(rules, False, Commands()).driver
+from flanneld.masquerade import iptc
+
+def traces():
+    for chain in rules.chains:
+        iptc._read(chain)
+    with open("/proc/net/ip_tables_names") as names:
+        return sorted(names), len(os.listdir("/proc/self/fd"))
+
+before = traces()
+put()
+print(json.dumps([before, traces()]))
+"""
+
+
+def test_writing_makes_no_table_and_keeps_no_descriptor(make_lab: MakeLab) -> None:
+    lab = make(make_lab, LEGACY)
+    script = HOST.rpartition("shell(")[0] + TRACES
+    output, environment = lab.scratch_file("output"), tools_environment(lab, LEGACY)
+    process = lab.hosts[0].popen([sys.executable, "-c", script], output=output, env=environment)
+    assert process.wait(60) == 0, output.read_text()
+    before, after = json.loads(output.read_text().splitlines()[-1])
+    assert before[0] == ["filter\n", "nat\n"]
+    assert after == before
