@@ -218,7 +218,7 @@ class Options:
         "etcd-endpoints",
         STRING,
         "http://127.0.0.1:4001,http://127.0.0.1:2379",
-        "etcd base URLs, several with commas between, no blanks",
+        "etcd base URLs: those of all members, with commas between, no blanks",
     )
     etcd_prefix: str = _flag(
         "etcd-prefix", STRING, "/coreos.com/network", "etcd key under which this network is kept"
