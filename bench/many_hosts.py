@@ -332,7 +332,7 @@ def write(bench: Bench, about: dict[str, str], directory: Path) -> None:
 def tables(bench: Bench, about: dict[str, str], out: TextIO) -> None:
     """Write everything that was found as text."""
     report = Report(out)
-    report.title(f"{bench.hosts} hosts on one etcd ({len(bench.members)} members)")
+    report.title(f"{bench.hosts} hosts on one etcd (members: {len(bench.members)})")
     for name, value in about.items():
         report.text(f"{name}: {value}")
     for problem in bench.problems:
@@ -388,6 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about["load average after"] = machine.load()
     about["duration"] = f"{time.monotonic() - began:.0f} s"
     write(bench, about, options.output)
+    print(f"\nIn {options.output}: many_hosts.json, many_hosts.txt")
     return 0
 
 

@@ -218,7 +218,7 @@ class Options:
         "etcd-endpoints",
         STRING,
         "http://127.0.0.1:4001,http://127.0.0.1:2379",
-        "etcd base URLs, several with commas between, no blanks",
+        "etcd base URLs: those of all members, with commas between, no blanks",
     )
     etcd_prefix: str = _flag(
         "etcd-prefix", STRING, "/coreos.com/network", "etcd key under which this network is kept"
@@ -263,7 +263,10 @@ class Options:
         "IPv4 address the other hosts reach this one at; empty: the interface's own",
     )
     subnet_lease_renew_margin: int = _flag(
-        "subnet-lease-renew-margin", INT, 60, "minutes before its end at which the lease is renewed"
+        "subnet-lease-renew-margin",
+        INT,
+        60,
+        "minutes before its end at which the lease is renewed at the latest",
     )
     ip_masq: bool = _flag(
         "ip-masq", BOOL, False, "masquerade traffic that leaves the flannel network"

@@ -58,7 +58,7 @@ CONNECT_TIMEOUT = 2.0
 ANSWER_TIMEOUT = 5.0
 
 # Seconds until the list of all leases must begin to come, at most. For 2,000 hosts that all ask at
-# once etcd is at work for 17 s; if they gave up after 5 s and asked again, it would be for ever.
+# once etcd is at work for 18 s; if they gave up after 5 s and asked again, it would be for ever.
 LIST_TIMEOUT = 20.0
 
 # Seconds between looks at a member that lets us wait for an event, an eighth more or less. One that

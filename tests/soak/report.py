@@ -154,10 +154,10 @@ def _faults(record: Record) -> str:
             "Convergence is counted from the moment the fault was undone (the member is back, the"
             " daemon ready), or was there if nobody undoes it. So are the times until which packets"
             " may be, and were, lost. To look whether all is converged takes some 0.3 s itself."
-            " For a host that is replaced, or whose subnet is handed over, that all know the new"
-            " one is waited for before, and its own pings pause meanwhile. When the kernel refused,"
-            " that it has taken what it did not is waited for before: with the pauses between the"
-            " attempts, up to 10 s.",
+            " Two waits are not counted: when a host is replaced, or its subnet handed over, until"
+            " all know the new one (its own pings pause meanwhile); and when the kernel refused,"
+            " until it has taken what it had refused (up to 10 s, with the pauses between the"
+            " attempts).",
             "",
             *_table(head, rows),
             "",
