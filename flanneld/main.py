@@ -103,7 +103,7 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
     if previous.warning:
         log.warning("%s", previous.warning)
     with _failing_as("Failed to create SubnetManager"):
-        manager = create_subnet_manager(options, previous)
+        manager = create_subnet_manager(options, previous, notifier)
     log.info("Created subnet manager: %s", manager)
     try:
         if options.healthz_port > 0:
@@ -181,7 +181,9 @@ def choose_interface(options: Options) -> ExternalInterface:
     return selection.interface
 
 
-def create_subnet_manager(options: Options, previous: env.Previous) -> LocalManager:
+def create_subnet_manager(
+    options: Options, previous: env.Previous, notifier: Notifier
+) -> LocalManager:
     """Build the subnet manager for the options; nothing is sent yet."""
     from flanneld.subnet.etcd_member import Credentials
     from flanneld.subnet.etcdv2 import EtcdV2Store
@@ -194,7 +196,9 @@ def create_subnet_manager(options: Options, previous: env.Previous) -> LocalMana
         options.etcd_password,
     )
     store = EtcdV2Store(options.etcd_endpoints, options.etcd_prefix, credentials)
-    return LocalManager(store, previous.subnet)
+    return LocalManager(
+        store, previous.subnet, lambda why: notifier.status(f"acquiring a lease: {why}")
+    )
 
 
 def start_healthz(options: Options) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from ipaddress import IPv4Network
 
@@ -74,10 +74,19 @@ _HISTORY_CLEARED = "Watch of subnet leases failed because etcd index outside his
 class LocalManager:
     """A `SubnetManager` on a `LeaseStore`."""
 
-    def __init__(self, store: LeaseStore, previous: IPv4Network | None) -> None:
-        """``previous`` is the subnet of this host's former run, if known."""
+    def __init__(
+        self,
+        store: LeaseStore,
+        previous: IPv4Network | None,
+        waiting: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """``previous`` is the subnet of this host's former run, if known.
+
+        ``waiting`` is told why there is no lease yet, each time that one cannot be had.
+        """
         self._store = store
         self._previous = previous
+        self._waiting = waiting
         self._config_text = ""
         self._random = random.Random()  # noqa: S311 - spreads hosts, keeps no secret
         # Of both watches: it is one store that is away.
@@ -112,6 +121,7 @@ class LocalManager:
                 lease = self._acquire_round(config, attrs, say, created, contended)
             except OutOfSubnets as error:
                 say.warn(error.warnings)
+                self._waiting(str(error))
                 full.failed(error, stop)
                 waited = True
             except (CompareFailed, KeyNotFound):
@@ -119,6 +129,7 @@ class LocalManager:
                 contended = True
                 stop.wait(self._random.uniform(0, 0.05))
             except StoreError as error:
+                self._waiting(str(error))
                 store_away.failed(error, stop)
                 waited = True
             else:

@@ -262,7 +262,7 @@ def test_a_host_too_many_waits_until_a_subnet_is_free(make_lab: MakeLab) -> None
     assert not waiting.host.subnet_file.exists()
     assert peer_routes(waiting.host) == {}
     statuses = [n.text for n in waiting.notifications if n.text.startswith("STATUS=")]
-    assert statuses[-1].startswith("STATUS=acquiring a lease")
+    assert statuses[-1].startswith("STATUS=acquiring a lease: out of subnets: all 3 of length /24")
 
     leaver = ready()[0]
     freed = leaver.subnet()
