@@ -29,7 +29,7 @@ class Spent:
     syncs: float
     """Of the log to the disk."""
     proposals: float
-    """Entries of the log: writes, and linearizable reads too; at a start also those read back."""
+    """Entries of the log: writes, and linearizable reads too."""
 
     def __sub__(self, other: "Spent") -> "Spent":
         return Spent(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Spent)))

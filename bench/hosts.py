@@ -12,7 +12,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import re
 import resource
 import signal
 import sys
@@ -279,7 +278,7 @@ class Tally:
     lost: tuple[int, ...] = ()
     """For each host how often another was faster."""
     logged: Counter[str] = field(default_factory=Counter)
-    """Warnings and errors in their logs, by their text with N for each number."""
+    """Warnings and errors in their logs, by their unfilled text."""
     cpu: float = 0.0
     """Seconds of their processes."""
 
@@ -292,8 +291,8 @@ class _LogCount(logging.Handler):
         self.seen: Counter[str] = Counter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        # An index, an address or a port in it must not make each its own.
-        self.seen[re.sub(r"\d+", "N", record.getMessage())] += 1
+        # An index or a port in it must not make each its own.
+        self.seen["".join("N" if c.isdecimal() else c for c in str(record.msg))] += 1
 
 
 class _Worker:
