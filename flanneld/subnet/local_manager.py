@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 
 from flanneld.clock import now
@@ -71,6 +71,16 @@ BEHIND_PAUSE = 0.2
 _HISTORY_CLEARED = "Watch of subnet leases failed because etcd index outside history window"
 
 
+@dataclass(slots=True)
+class _Earlier:
+    """What the earlier rounds of one acquisition leave to the next."""
+
+    created: set[IPv4Network] = field(default_factory=set)
+    """Subnets whose keys they created."""
+    contended: bool = False
+    """Whether another host was faster."""
+
+
 class LocalManager:
     """A `SubnetManager` on a `LeaseStore`."""
 
@@ -88,6 +98,8 @@ class LocalManager:
         self._previous = previous
         self._waiting = waiting
         self._config_text = ""
+        # The last list of an acquisition, and when it came: the first of the watch.
+        self._listed: tuple[Snapshot, float] | None = None
         self._random = random.Random()  # noqa: S311 - spreads hosts, keeps no secret
         # Of both watches: it is one store that is away.
         self._away = Outage(log.log, "Watch subnets", recovered="Watch subnets is back")
@@ -111,14 +123,16 @@ class LocalManager:
         store_away = Outage(log.log, "failed to acquire lease", steady=1.0)
         full = Outage(log.log, "failed to acquire lease", steady=OUT_OF_SUBNETS_PAUSE)
         say = Once(log.log)
-        created: set[IPv4Network] = set()
-        waited = contended = False
+        earlier = _Earlier()
+        waited = False
         while not stop.is_set():
             try:
+                snapshot = self._list_leases()
                 if waited:
+                    # Only now: a store that has no list for us is not asked for more.
                     self._check_config_is_the_same()
                     waited = False
-                lease = self._acquire_round(config, attrs, say, created, contended)
+                lease = self._acquire_round(snapshot, config, attrs, say, earlier)
             except OutOfSubnets as error:
                 say.warn(error.warnings)
                 self._waiting(str(error))
@@ -126,7 +140,7 @@ class LocalManager:
                 waited = True
             except (CompareFailed, KeyNotFound):
                 # Somebody was faster. A moment at random, so that the next round is not a draw.
-                contended = True
+                earlier.contended = True
                 stop.wait(self._random.uniform(0, 0.05))
             except StoreError as error:
                 self._waiting(str(error))
@@ -148,19 +162,21 @@ class LocalManager:
         if text != self._config_text:
             raise ConfigChanged("the network config has changed in the store")
 
+    def _list_leases(self) -> Snapshot:
+        """Return all leases, and keep them for the watch, which need not ask again."""
+        snapshot = self._store.snapshot()
+        self._listed = snapshot, now()
+        return snapshot
+
     def _acquire_round(
         self,
+        snapshot: Snapshot,
         config: Config,
         attrs: LeaseAttrs,
         say: Once,
-        created: set[IPv4Network],
-        contended: bool,
+        earlier: _Earlier,
     ) -> Lease | None:
-        """Take one step; return the lease once it is ours.
-
-        Of earlier rounds: ``created``, their keys, and whether another host was faster.
-        """
-        snapshot = self._store.snapshot()
+        """Take one step; return the lease once it is ours."""
         leases, taken, bad = _read_leases(snapshot.nodes)
         # Before there may be no subnet left: then these may be the reason.
         say.warn(bad)
@@ -171,12 +187,12 @@ class LocalManager:
             self._previous,
             config,
             rng=self._random,
-            contended=contended,
+            contended=earlier.contended,
         )
         say.warn(decision.warnings)
         say.info(decision.notes)
         match decision:
-            case Reuse(lease=found) if found.subnet in created and _blocked(found, taken):
+            case Reuse(lease=found) if found.subnet in earlier.created and _blocked(found, taken):
                 # Created a round ago, when what is unreadable now may have been another's lease.
                 self._store.remove(_node_of(found, snapshot))
                 return None
@@ -188,29 +204,16 @@ class LocalManager:
                 self._store.remove(_node_of(found, snapshot))
                 return None
             case Create(subnet=subnet):
-                created.add(subnet)
+                earlier.created.add(subnet)
                 node = self._store.create(subnet_key(subnet), attrs.encode(), LEASE_TTL)
                 lease = Lease(subnet, attrs, node.ttl, node.index, node.created_index)
-                other, blocked = self._find_rival(lease)
+                # That the index grew by one since the first look is no proof that nothing was
+                # written meanwhile: the store may have been restored.
+                other, blocked = _find_rival(lease, self._list_leases())
                 if other is not None or blocked:
                     return None  # the next round finds it too, and gives ours up
                 log.info("Allocated lease (%s) to current node (%s) ", subnet, attrs.public_ip)
                 return lease
-
-    def _find_rival(self, lease: Lease) -> tuple[Lease | None, bool]:
-        """Look again after a lease was created: another host may have been faster.
-
-        Return its lease (see `elder`), and whether an unreadable key has a part of the range.
-        That the index grew by one since the first look is no proof that nothing was written
-        meanwhile: the store may have been restored.
-        """
-        near = [
-            node
-            for node in self._store.snapshot().nodes
-            if (found := taken_range(node.name)) and found.overlaps(lease.subnet)
-        ]
-        leases, taken, _ = _read_leases(near)
-        return elder(lease, leases), _blocked(lease, taken)
 
     def keep_lease(self, lease: Lease) -> Lease:
         """See `SubnetManager.keep_lease`."""
@@ -239,7 +242,7 @@ class LocalManager:
         node = self._store.create(lease.key, lease.attrs.encode(), LEASE_TTL)
         lease = _renewed(lease, node)
         # What is unreadable is no host's that we know of: it ends no daemon that runs.
-        other, _ = self._find_rival(lease)
+        other, _ = _find_rival(lease, self._store.snapshot())
         if other is not None:
             # Or the peers would send here what is the other's. If it fails, our next start does it.
             with contextlib.suppress(StoreError):
@@ -293,7 +296,11 @@ class LocalManager:
             tidying.work(now())
             pulse.beat(STORE)
             try:
-                events = tracker.snapshot(self._store.snapshot(), now())
+                listed, self._listed = self._listed, None
+                if listed is None:
+                    listed = self._store.snapshot(), now()
+                events = tracker.snapshot(*listed)
+                del listed
                 tidying.plan(now())
                 self._away.over()
                 _log_notes(tracker, warn)
@@ -406,6 +413,20 @@ def _lifetime(lease: Lease, present: Node) -> int | None:
 
 def _renewed(lease: Lease, node: Node) -> Lease:
     return replace(lease, ttl=node.ttl, modified_index=node.index, created_index=node.created_index)
+
+
+def _find_rival(lease: Lease, snapshot: Snapshot) -> tuple[Lease | None, bool]:
+    """Look again after a lease was created: another host may have been faster.
+
+    Return its lease (see `elder`), and whether an unreadable key has a part of the range.
+    """
+    near = [
+        node
+        for node in snapshot.nodes
+        if (found := taken_range(node.name)) and found.overlaps(lease.subnet)
+    ]
+    leases, taken, _ = _read_leases(near)
+    return elder(lease, leases), _blocked(lease, taken)
 
 
 def _blocked(lease: Lease, unreadable: Iterable[IPv4Network]) -> bool:

@@ -147,22 +147,24 @@ def test_member_cut_off_from_its_cluster(cluster: Cluster, monkeypatch: pytest.M
     monkeypatch.setattr(local_manager, "POLL", 0.3)
     monkeypatch.setattr("random.shuffle", lambda _: None)
     cut_off = threading.Event()
-    # What it knew last.
-    index = 0
+    # What it knew last, which holds nothing that was written after it was cut off.
+    index, knows = 0, threading.Lock()
 
     def behave(request: Request) -> Action:
         nonlocal index
         if not request.is_poll:
             return b"" if cut_off.is_set() else Forward.ANSWER
-        if not cut_off.is_set():
-            with cluster.etcd.client() as client:
-                index = client.index()
-        return Stall(poll_head(index))
+        with knows:
+            if not cut_off.is_set():
+                with cluster.etcd.client() as client:
+                    index = client.index()
+            return Stall(poll_head(index))
 
     with Server(behave, upstream=cluster.etcd.url) as proxy:
         _, peers = follow_peers(cluster, f"{proxy.url},{cluster.etcd.url}")
         eventually(proxy.polls, SOON, "a poll")
-        cut_off.set()
+        with knows:
+            cut_off.set()
         cluster.join(1)
         peers.expect_numbers([1])
 

@@ -17,7 +17,7 @@ from flanneld import memory, retry
 from flanneld.errors import ConfigChanged, LeaseLost, Stopped, StoreError, StoreUnavailable
 from flanneld.subnet import local_manager
 from flanneld.subnet.config import parse_config
-from flanneld.subnet.lease import Lease, LeaseAttrs
+from flanneld.subnet.lease import Lease, LeaseAttrs, subnet_key
 from flanneld.subnet.local_manager import LEASE_TTL, RACES, LocalManager
 
 IP = IPv4Address("10.97.0.1")
@@ -289,10 +289,11 @@ def test_a_full_network_whose_config_cannot_be_read_is_waited_for(
     config = manager.network_config()
     fill(store)
     store.data.put("10.5.2.0-24", OTHER, 4)
-    store.faults.extend([None, fault])
+    store.faults.extend([None, None, fault])
     assert manager.acquire_lease(config, ATTRS, stop).subnet == IPv4Network("10.5.2.0/24")
     assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE, 1.0]
-    assert store.calls[:-1] == ["config", "snapshot", "config", "config", "snapshot", "create"]
+    look = ["snapshot", "config"]
+    assert store.calls[:-1] == ["config", "snapshot", *look, *look, "create"]
 
 
 @pytest.mark.parametrize("text", [SMALL_TEXT, ""], ids=["another", "none"])
@@ -321,7 +322,8 @@ def test_a_store_that_was_away_and_has_the_same_config(
     store.faults.extend(["before", "before"])
     assert manager.acquire_lease(config, ATTRS, stop).subnet == SUBNET
     assert stop.waits == [1.0] * 2
-    assert store.calls[:-1] == ["config", "snapshot", "config", "config", "snapshot", "create"]
+    # A store in trouble is asked for the config only once it has had a list for us.
+    assert store.calls[:-1] == ["config", *["snapshot"] * 3, "config", "create"]
 
 
 def test_what_keeps_a_host_from_its_subnet_is_said_though_none_is_free(
@@ -670,6 +672,26 @@ def forget(store: MemoryStore, before: str) -> None:
     store.on_call = on_call
 
 
+def test_the_list_of_an_acquisition_is_the_first_of_the_watch(
+    store: MemoryStore, manager: LocalManager, stop: Stop
+) -> None:
+    first, second = (IPv4Network(f"10.5.{third}.0/24") for third in (7, 8))
+    store.data.put(subnet_key(first), OTHER, 3600)
+    lease = manager.acquire_lease(CONFIG, ATTRS, stop)
+    store.data.put(subnet_key(second), OTHER, 3600)
+    store.calls.clear()
+    watch = manager.watch_leases(CONFIG, lease, stop)
+    assert [event.lease.subnet for event in next(watch)] == [first]
+    assert store.calls == []
+    # What happened between the list and the watch is told as an event.
+    assert [event.lease.subnet for event in next(watch)] == [second]
+    assert store.calls == ["poll"]
+    # That list is old by now: whoever watches again begins with another.
+    again = next(manager.watch_leases(CONFIG, lease, stop))
+    assert [event.lease.subnet for event in again] == [first, second]
+    assert store.calls == ["poll", "snapshot"]
+
+
 def test_a_history_used_up_by_others_while_nothing_happened_is_no_news(
     store: MemoryStore, manager: LocalManager, lease: Lease, stop: Stop, heard: list[str]
 ) -> None:
@@ -690,7 +712,9 @@ def test_a_history_used_up_at_any_other_time_is_said(
 ) -> None:
     watch = manager.watch_leases(CONFIG, lease, stop)
     assert next(watch) == []
-    forget(store, before="snapshot")
+    store.data.put("10.5.7.0-24", OTHER, 60)
+    store.data.index += 1000
+    store.data.forget_history()
     (event,) = next(watch)
     assert str(event.lease.subnet) == "10.5.7.0/24"
     assert heard == [
