@@ -13,7 +13,7 @@ from random import Random
 
 from flanneld.errors import OutOfSubnets
 from flanneld.subnet.config import Config
-from flanneld.subnet.lease import Lease
+from flanneld.subnet.lease import Lease, overlap
 
 # Hosts that start together pick at random among this many, so that few of them collide.
 CANDIDATES = 100
@@ -76,7 +76,7 @@ def elder(lease: Lease, leases: Iterable[Lease]) -> Lease | None:
             other.subnet.prefixlen != lease.subnet.prefixlen
             and other.attrs.public_ip != lease.attrs.public_ip
             and (not lease.created_index or other.created_index < lease.created_index)
-            and other.subnet.overlaps(lease.subnet)
+            and overlap(other.subnet, lease.subnet)
         ):
             return other
     return None

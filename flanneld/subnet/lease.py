@@ -8,7 +8,9 @@ and is checked: what cannot be used as a lease is a :class:`BadLease`.
 
 import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network
 
 from flanneld.subnet import gojson
@@ -21,6 +23,8 @@ _USUAL = re.compile(
     r'\{"PublicIP":"([0-9.]+)"(?:,"BackendType":"([a-z-]+)")?'
     r'(?:,"BackendData":(\{"VtepMAC":"[0-9a-f:]*"\}))?\}'
 )
+# Keys whose subnets are remembered: a start reads every lease two or three times.
+_KEYS = 16384
 _RANGE = re.compile(r"(?<![0-9])([0-9]{1,3}(?:\.[0-9]{1,3}){3})-0*([0-9]+)")
 
 
@@ -85,6 +89,7 @@ def subnet_key(subnet: IPv4Network) -> str:
     return f"{subnet.network_address}-{subnet.prefixlen}"
 
 
+@lru_cache(_KEYS)
 def parse_subnet_key(name: str) -> IPv4Network:
     """The subnet a key is named after: the inverse of :func:`subnet_key`.
 
@@ -110,6 +115,8 @@ def taken_range(name: str) -> IPv4Network | None:
     ``/32``, which v0.8.0 writes but cannot read back. ``None`` for anything else; ``/0``
     too, since one such key would take the whole network.
     """
+    with suppress(BadLease):
+        return parse_subnet_key(name)
     match = _RANGE.search(name)
     if match is None or len(match[2]) > 2 or not 1 <= int(match[2]) <= 32:
         return None
@@ -209,11 +216,16 @@ def check_peer(
         return f"lease {subnet} is outside of Network {config_network}"
     if subnet.prefixlen == config_network.prefixlen:
         return f"lease {subnet} takes all of Network"
-    if _contains(subnet, own_subnet) or _contains(own_subnet, subnet):
+    if overlap(subnet, own_subnet):
         return f"lease {subnet} overlaps this host's subnet {own_subnet}"
     if lease.attrs.public_ip == own_public_ip:
         return f"lease {subnet} is for this host's own public IP {own_public_ip}"
     return None
+
+
+def overlap(one: IPv4Network, other: IPv4Network) -> bool:
+    """Whether they have addresses in common; cheaper than `IPv4Network.overlaps`."""
+    return _contains(one, other) or _contains(other, one)
 
 
 def _contains(outer: IPv4Network, inner: IPv4Network) -> bool:

@@ -37,6 +37,7 @@ from flanneld.subnet.lease import (
     Lease,
     LeaseAttrs,
     check_peer,
+    overlap,
     parse_lease,
     subnet_key,
     taken_range,
@@ -57,6 +58,11 @@ OWN_POLL = 60.0
 
 # Seconds between looks whether a subnet has become free.
 OUT_OF_SUBNETS_PAUSE = 5.0
+
+# Seconds. A try to get a lease that fails later than that shows a store that is overloaded; the
+# pause that follows is about as long as the try was, but not longer than this.
+SLOW = 2.0
+LONGEST_PAUSE = 10.0
 
 # Lost races for one key. Each loss means that somebody else made progress.
 RACES = 10
@@ -126,6 +132,7 @@ class LocalManager:
         earlier = _Earlier()
         waited = False
         while not stop.is_set():
+            began = now()
             try:
                 snapshot = self._list_leases()
                 if waited:
@@ -145,11 +152,21 @@ class LocalManager:
             except StoreError as error:
                 self._waiting(str(error))
                 store_away.failed(error, stop)
+                self._spare_the_store(now() - began, stop)
                 waited = True
             else:
                 if lease is not None:
                     return lease
         raise Stopped
+
+    def _spare_the_store(self, took: float, stop: threading.Event) -> None:
+        """Pause once more after a try that failed, as long as it ``took``, more or less.
+
+        A store that refuses late has more to do than it can: so many hosts start at once. If all
+        of them asked again at once it would work for nobody.
+        """
+        if took > SLOW:
+            stop.wait(min(took, LONGEST_PAUSE) * self._random.uniform(0.5, 1.5))
 
     def _check_config_is_the_same(self) -> None:
         """Raise ConfigChanged if it is not: after a wait, and in a store that was away."""
@@ -423,7 +440,7 @@ def _find_rival(lease: Lease, snapshot: Snapshot) -> tuple[Lease | None, bool]:
     near = [
         node
         for node in snapshot.nodes
-        if (found := taken_range(node.name)) and found.overlaps(lease.subnet)
+        if (found := taken_range(node.name)) and overlap(found, lease.subnet)
     ]
     leases, taken, _ = _read_leases(near)
     return elder(lease, leases), _blocked(lease, taken)
@@ -431,7 +448,7 @@ def _find_rival(lease: Lease, snapshot: Snapshot) -> tuple[Lease | None, bool]:
 
 def _blocked(lease: Lease, unreadable: Iterable[IPv4Network]) -> bool:
     """Tell whether a key that cannot be read has a part of the lease's range."""
-    return any(found.overlaps(lease.subnet) for found in unreadable if found != lease.subnet)
+    return any(overlap(found, lease.subnet) for found in unreadable if found != lease.subnet)
 
 
 def _check_elder(lease: Lease, other: Lease | None) -> None:

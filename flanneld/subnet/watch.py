@@ -28,7 +28,7 @@ from enum import Enum
 from ipaddress import IPv4Address
 
 from flanneld.subnet.gojson import shown
-from flanneld.subnet.lease import BadLease, Lease, parse_lease
+from flanneld.subnet.lease import BadLease, Lease, overlap, parse_lease
 from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
 
 # Seconds. Long for a host that takes its lease back, short for one that has left.
@@ -246,10 +246,12 @@ class LeaseTracker:
         Ranges of one length are the same or apart, so that nothing has to be compared: 10,000
         hosts that come back after a wipe must not cost the square of it.
         """
+        if not self._held:
+            return []
         names = list(self._held_by_ip.get(lease.attrs.public_ip, ()))
         if any(n for length, n in self._held_lengths.items() if length != lease.subnet.prefixlen):
             subnet = lease.subnet
-            names += [n for n in self._held if subnet.overlaps(self._known[n].lease.subnet)]
+            names += [n for n in self._held if overlap(subnet, self._known[n].lease.subnet)]
         return names
 
     def _note_held(self, before: int) -> None:

@@ -326,6 +326,26 @@ def test_a_store_that_was_away_and_has_the_same_config(
     assert store.calls[:-1] == ["config", *["snapshot"] * 3, "config", "create"]
 
 
+@pytest.mark.parametrize(("took", "pauses"), [(7, (3.5, 10.5)), (20, (5, 15))])
+def test_a_store_that_refuses_late_is_spared(
+    store: MemoryStore, manager: LocalManager, stop: Stop, took: int, pauses: tuple[float, float]
+) -> None:
+    config = manager.network_config()
+
+    def think() -> None:
+        if store.faults:
+            store.data.clock.time += took
+
+    store.on_call = think
+    store.faults.extend(["before"] * 50)
+    assert manager.acquire_lease(config, ATTRS, stop).subnet == SUBNET
+    every_second, spared = stop.waits[::2], stop.waits[1::2]
+    assert every_second == [1.0] * 50
+    assert pauses[0] <= min(spared) < max(spared) <= pauses[1]
+    # At random: those that failed together do not come back together.
+    assert len(set(spared)) == 50
+
+
 def test_what_keeps_a_host_from_its_subnet_is_said_though_none_is_free(
     store: MemoryStore, manager: LocalManager, stop: Stop, caplog: pytest.LogCaptureFixture
 ) -> None:
