@@ -28,7 +28,7 @@ from typing import Any, Self, TypeVar
 
 from flanneld.clock import now
 from flanneld.errors import Stopped, StoreError
-from flanneld.subnet import local_manager, watch
+from flanneld.subnet import acquire, local_manager, watch
 from flanneld.subnet.config import Config
 from flanneld.subnet.etcd_member import Credentials
 from flanneld.subnet.etcdv2 import EtcdV2Store
@@ -360,7 +360,7 @@ def _serve(
 
 def _share_parsing() -> None:
     once = lru_cache(_PARSED)(parse_lease)
-    for module in (local_manager, watch):
+    for module in (acquire, local_manager, watch):
         vars(module)["parse_lease"] = once
 
 

@@ -15,6 +15,9 @@ from ipaddress import IPv4Address, IPv4Network
 
 from flanneld.subnet import gojson
 
+# Seconds a lease lives; the original's.
+LEASE_TTL = 86400
+
 _OCTET = r"(0|[1-9][0-9]{0,2})"
 _KEY = re.compile(rf"{_OCTET}\.{_OCTET}\.{_OCTET}\.{_OCTET}-([1-9]|[12][0-9]|3[01])")
 # What v0.8.0 and this daemon write, without blanks and escapes. A start reads ten thousand of them

@@ -1,15 +1,16 @@
 """The subnet manager in which the hosts themselves settle who has which subnet.
 
-The store only keeps keys and compares indexes; who may take what is decided here and in
-`allocate`. Log lines keep the original's wording, which people search for.
+The store only keeps keys and compares indexes. How a host gets its lease is `acquire`; how it keeps
+the lease, and follows those of the others, is here. Log lines keep the original's wording, which
+people search for.
 """
 
 import contextlib
 import logging
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from ipaddress import IPv4Network
 
 from flanneld.clock import now
@@ -20,27 +21,24 @@ from flanneld.errors import (
     HistoryCleared,
     KeyNotFound,
     LeaseLost,
-    OutOfSubnets,
-    Stopped,
     StoreError,
     StoreUnavailable,
 )
 from flanneld.heartbeat import STORE, Pulse
 from flanneld.logs import verbose
 from flanneld.memory import Tidying
-from flanneld.retry import Once, Outage, Sparing
-from flanneld.subnet.allocate import Create, Discard, Reuse, decide, elder
+from flanneld.retry import Outage, Sparing
+from flanneld.subnet.acquire import Acquisition, find_rival, read_leases
+from flanneld.subnet.allocate import elder
 from flanneld.subnet.config import Config, parse_config
-from flanneld.subnet.gojson import shown
 from flanneld.subnet.lease import (
+    LEASE_TTL,
     BadLease,
     Lease,
     LeaseAttrs,
     check_peer,
-    overlap,
     parse_lease,
     subnet_key,
-    taken_range,
 )
 from flanneld.subnet.manager import LeaseState, LeaseStatus
 from flanneld.subnet.store import Behind, LeaseStore, Node, Snapshot
@@ -48,21 +46,10 @@ from flanneld.subnet.watch import LeaseEvent, LeaseTracker
 
 log = logging.getLogger(__name__)
 
-# Seconds a lease lives; the original's.
-LEASE_TTL = 86400
-
 # Seconds. After a poll without any event the store is asked for a linearizable read: an endpoint
 # cut off from its cluster would let us wait for ever. (One of several the store's client leaves.)
 POLL = 20.0
 OWN_POLL = 60.0
-
-# Seconds between looks whether a subnet has become free.
-OUT_OF_SUBNETS_PAUSE = 5.0
-
-# Seconds. A try to get a lease that fails later than that shows a store that is overloaded; the
-# pause that follows is about as long as the try was, but not longer than this.
-SLOW = 2.0
-LONGEST_PAUSE = 10.0
 
 # Lost races for one key. Each loss means that somebody else made progress.
 RACES = 10
@@ -75,16 +62,6 @@ CATCH_UP = 16
 BEHIND_PAUSE = 0.2
 
 _HISTORY_CLEARED = "Watch of subnet leases failed because etcd index outside history window"
-
-
-@dataclass(slots=True)
-class _Earlier:
-    """What the earlier rounds of one acquisition leave to the next."""
-
-    created: set[IPv4Network] = field(default_factory=set)
-    """Subnets whose keys they created."""
-    contended: bool = False
-    """Whether another host was faster."""
 
 
 class LocalManager:
@@ -126,47 +103,18 @@ class LocalManager:
 
     def acquire_lease(self, config: Config, attrs: LeaseAttrs, stop: threading.Event) -> Lease:
         """See `SubnetManager.acquire_lease`."""
-        store_away = Outage(log.log, "failed to acquire lease", steady=1.0)
-        full = Outage(log.log, "failed to acquire lease", steady=OUT_OF_SUBNETS_PAUSE)
-        say = Once(log.log)
-        earlier = _Earlier()
-        waited = False
-        while not stop.is_set():
-            began = now()
-            try:
-                snapshot = self._list_leases()
-                if waited:
-                    # Only now: a store that has no list for us is not asked for more.
-                    self._check_config_is_the_same()
-                    waited = False
-                lease = self._acquire_round(snapshot, config, attrs, say, earlier)
-            except OutOfSubnets as error:
-                say.warn(error.warnings)
-                self._waiting(str(error))
-                full.failed(error, stop)
-                waited = True
-            except (CompareFailed, KeyNotFound):
-                # Somebody was faster. A moment at random, so that the next round is not a draw.
-                earlier.contended = True
-                stop.wait(self._random.uniform(0, 0.05))
-            except StoreError as error:
-                self._waiting(str(error))
-                store_away.failed(error, stop)
-                self._spare_the_store(now() - began, stop)
-                waited = True
-            else:
-                if lease is not None:
-                    return lease
-        raise Stopped
-
-    def _spare_the_store(self, took: float, stop: threading.Event) -> None:
-        """Pause once more after a try that failed, as long as it ``took``, more or less.
-
-        A store that refuses late has more to do than it can: so many hosts start at once. If all
-        of them asked again at once it would work for nobody.
-        """
-        if took > SLOW:
-            stop.wait(min(took, LONGEST_PAUSE) * self._random.uniform(0.5, 1.5))
+        acquisition = Acquisition(
+            self._store,
+            config,
+            attrs,
+            self._previous,
+            rng=self._random,
+            waiting=self._waiting,
+            check_config=self._check_config_is_the_same,
+        )
+        lease = acquisition.run(stop)
+        self._listed = acquisition.listed
+        return lease
 
     def _check_config_is_the_same(self) -> None:
         """Raise ConfigChanged if it is not: after a wait, and in a store that was away."""
@@ -178,59 +126,6 @@ class LocalManager:
             text = ""
         if text != self._config_text:
             raise ConfigChanged("the network config has changed in the store")
-
-    def _list_leases(self) -> Snapshot:
-        """Return all leases, and keep them for the watch, which need not ask again."""
-        snapshot = self._store.snapshot()
-        self._listed = snapshot, now()
-        return snapshot
-
-    def _acquire_round(
-        self,
-        snapshot: Snapshot,
-        config: Config,
-        attrs: LeaseAttrs,
-        say: Once,
-        earlier: _Earlier,
-    ) -> Lease | None:
-        """Take one step; return the lease once it is ours."""
-        leases, taken, bad = _read_leases(snapshot.nodes)
-        # Before there may be no subnet left: then these may be the reason.
-        say.warn(bad)
-        decision = decide(
-            leases,
-            taken,
-            attrs.public_ip,
-            self._previous,
-            config,
-            rng=self._random,
-            contended=earlier.contended,
-        )
-        say.warn(decision.warnings)
-        say.info(decision.notes)
-        match decision:
-            case Reuse(lease=found) if found.subnet in earlier.created and _blocked(found, taken):
-                # Created a round ago, when what is unreadable now may have been another's lease.
-                self._store.remove(_node_of(found, snapshot))
-                return None
-            case Reuse(lease=found):
-                ttl = None if found.is_reservation else LEASE_TTL
-                node = self._store.swap(_node_of(found, snapshot), attrs.encode(), ttl)
-                return Lease(found.subnet, attrs, node.ttl, node.index, node.created_index)
-            case Discard(lease=found):
-                self._store.remove(_node_of(found, snapshot))
-                return None
-            case Create(subnet=subnet):
-                earlier.created.add(subnet)
-                node = self._store.create(subnet_key(subnet), attrs.encode(), LEASE_TTL)
-                lease = Lease(subnet, attrs, node.ttl, node.index, node.created_index)
-                # That the index grew by one since the first look is no proof that nothing was
-                # written meanwhile: the store may have been restored.
-                other, blocked = _find_rival(lease, self._list_leases())
-                if other is not None or blocked:
-                    return None  # the next round finds it too, and gives ours up
-                log.info("Allocated lease (%s) to current node (%s) ", subnet, attrs.public_ip)
-                return lease
 
     def keep_lease(self, lease: Lease) -> Lease:
         """See `SubnetManager.keep_lease`."""
@@ -252,14 +147,14 @@ class LocalManager:
 
     def _put_back(self, lease: Lease) -> Lease:
         """Create our key anew. Raises LeaseLost if another host's lease overlaps it by now."""
-        leases = _read_leases(self._store.snapshot().nodes)[0]
+        leases = read_leases(self._store.snapshot().nodes)[0]
         # It is there if the answer to an earlier try was lost.
         there = [found for found in leases if found.subnet == lease.subnet]
         _check_elder(lease, elder(there[0] if there else replace(lease, created_index=0), leases))
         node = self._store.create(lease.key, lease.attrs.encode(), LEASE_TTL)
         lease = _renewed(lease, node)
         # What is unreadable is no host's that we know of: it ends no daemon that runs.
-        other, _ = _find_rival(lease, self._store.snapshot())
+        other, _ = find_rival(lease, self._store.snapshot())
         if other is not None:
             # Or the peers would send here what is the other's. If it fails, our next start does it.
             with contextlib.suppress(StoreError):
@@ -432,51 +327,11 @@ def _renewed(lease: Lease, node: Node) -> Lease:
     return replace(lease, ttl=node.ttl, modified_index=node.index, created_index=node.created_index)
 
 
-def _find_rival(lease: Lease, snapshot: Snapshot) -> tuple[Lease | None, bool]:
-    """Look again after a lease was created: another host may have been faster.
-
-    Return its lease (see `elder`), and whether an unreadable key has a part of the range.
-    """
-    near = [
-        node
-        for node in snapshot.nodes
-        if (found := taken_range(node.name)) and overlap(found, lease.subnet)
-    ]
-    leases, taken, _ = _read_leases(near)
-    return elder(lease, leases), _blocked(lease, taken)
-
-
-def _blocked(lease: Lease, unreadable: Iterable[IPv4Network]) -> bool:
-    """Tell whether a key that cannot be read has a part of the lease's range."""
-    return any(overlap(found, lease.subnet) for found in unreadable if found != lease.subnet)
-
-
 def _check_elder(lease: Lease, other: Lease | None) -> None:
     if other is not None:
         raise LeaseLost(
             f"{other.attrs.public_ip} holds {other.subnet}, which overlaps {lease.subnet}"
         )
-
-
-def _read_leases(nodes: Iterable[Node]) -> tuple[list[Lease], list[IPv4Network], list[str]]:
-    """Return the readable leases, the ranges of unreadable ones, and a note for each of these."""
-    leases, taken, notes = [], [], []
-    for node in nodes:
-        try:
-            leases.append(
-                parse_lease(node.name, node.value, node.ttl, node.index, node.created_index)
-            )
-        except BadLease as error:
-            notes.append(f"Ignoring bad subnet node {shown(node.name)}: {error}")
-            blocked = taken_range(node.name)
-            if blocked is not None:
-                taken.append(blocked)
-    return leases, taken, notes
-
-
-def _node_of(lease: Lease, snapshot: Snapshot) -> Node:
-    """Return the key that a lease was read from."""
-    return next(node for node in snapshot.nodes if node.name == lease.key)
 
 
 def _status(own: Lease, node: Node | None) -> LeaseStatus:

@@ -38,8 +38,8 @@ OWN = {
     "flanneld.kernel": "hostwire link netlink reconcile refusals spared state wire",
     "flanneld.masquerade": "choose driver generation keeper nft restore rules text",
     "flanneld.subnet": (
-        "allocate config env etcd_member etcd_wait etcdv2 gojson lease local_manager manager"
-        " monitor python_etcd store watch"
+        "acquire allocate config env etcd_member etcd_wait etcdv2 gojson lease local_manager"
+        " manager monitor python_etcd store watch"
     ),
 }
 OF_VXLAN = {

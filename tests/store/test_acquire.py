@@ -10,10 +10,9 @@ from ipaddress import IPv4Network
 import pytest
 
 from flanneld.errors import LeaseLost, Stopped, StoreUnavailable
-from flanneld.subnet import local_manager
 from flanneld.subnet.config import Config, parse_config
-from flanneld.subnet.lease import Lease
-from flanneld.subnet.local_manager import LEASE_TTL, LocalManager
+from flanneld.subnet.lease import LEASE_TTL, Lease
+from flanneld.subnet.local_manager import LocalManager
 from lab.etcdv2 import Node
 
 from .hosts import NETWORK, OWN_IP, SOON, Cluster, attrs, peer_ip
@@ -227,7 +226,7 @@ def test_two_hosts_race_for_the_last_two_subnets(cluster: Cluster) -> None:
 
 def test_two_hosts_race_for_one_subnet(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """One gets it; the other waits, and gets it as soon as it is free."""
-    monkeypatch.setattr(local_manager, "OUT_OF_SUBNETS_PAUSE", 0.1)
+    monkeypatch.setattr("flanneld.subnet.acquire.OUT_OF_SUBNETS_PAUSE", 0.1)
     config = cluster.put_config(
         '{"Network":"10.5.0.0/16","SubnetMin":"10.5.1.0","SubnetMax":"10.5.1.0"}'
     )

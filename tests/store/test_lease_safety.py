@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from flanneld.errors import ConfigChanged, LeaseLost, Stopped, StoreError
-from flanneld.subnet import local_manager, monitor
+from flanneld.subnet import acquire, local_manager, monitor
 from flanneld.subnet.etcd_member import Credentials
 from flanneld.subnet.etcdv2 import EtcdV2Store
 from flanneld.subnet.lease import (
@@ -345,7 +345,8 @@ def test_no_subnet_has_two_hosts_whatever_happens(
     # One line for each request that fails says nothing.
     monkeypatch.setattr(logging.getLogger("etcd.client"), "disabled", True)
     for module, values in (
-        (local_manager, {"LEASE_TTL": TTL, "OWN_POLL": 2.0, "OUT_OF_SUBNETS_PAUSE": 0.3}),
+        (acquire, {"LEASE_TTL": TTL, "OUT_OF_SUBNETS_PAUSE": 0.3}),
+        (local_manager, {"LEASE_TTL": TTL, "OWN_POLL": 2.0}),
         (monitor, {"RETRY": 0.4, "RETRY_LOST": 0.2}),
     ):
         for name, value in values.items():

@@ -24,10 +24,11 @@ from simulation import Fault, Host, Inbox, Network, SharedData, readable
 
 from flanneld import retry
 from flanneld.errors import LeaseLost
-from flanneld.subnet import local_manager, monitor
+from flanneld.subnet import acquire, local_manager, monitor
 from flanneld.subnet.allocate import compatible
 from flanneld.subnet.config import Config
 from flanneld.subnet.lease import (
+    LEASE_TTL,
     BadLease,
     Lease,
     LeaseAttrs,
@@ -35,7 +36,6 @@ from flanneld.subnet.lease import (
     parse_subnet_key,
     taken_range,
 )
-from flanneld.subnet.local_manager import LEASE_TTL
 from flanneld.subnet.store import Snapshot
 
 HOSTS = 3
@@ -86,6 +86,7 @@ class LeaseSafety(RuleBasedStateMachine):
         self._patches = ExitStack()
         seeds = Random(0)
         for name, module, stand_in in (
+            ("now", acquire, self.network.now),
             ("now", local_manager, self.network.now),
             ("now", monitor, self.network.now),
             ("now", retry, self.network.now),

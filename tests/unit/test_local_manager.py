@@ -15,10 +15,10 @@ from memory_store import PATIENCE, Clock, Data, MemoryStore, Stop
 
 from flanneld import memory, retry
 from flanneld.errors import ConfigChanged, LeaseLost, Stopped, StoreError, StoreUnavailable
-from flanneld.subnet import local_manager
+from flanneld.subnet import acquire, local_manager
 from flanneld.subnet.config import parse_config
-from flanneld.subnet.lease import Lease, LeaseAttrs, subnet_key
-from flanneld.subnet.local_manager import LEASE_TTL, RACES, LocalManager
+from flanneld.subnet.lease import LEASE_TTL, Lease, LeaseAttrs, subnet_key
+from flanneld.subnet.local_manager import RACES, LocalManager
 
 IP = IPv4Address("10.97.0.1")
 ATTRS = LeaseAttrs(IP, "host-gw")
@@ -32,7 +32,7 @@ SMALL_TEXT = '{"Network":"10.5.0.0/22"}'
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (local_manager, retry):
+    for module in (acquire, local_manager, retry):
         monkeypatch.setattr(module, "now", clock)
     return clock
 
@@ -252,7 +252,7 @@ def test_a_full_network_is_waited_for(
     with caplog.at_level("INFO"):
         lease = manager.acquire_lease(config, ATTRS, stop)
     assert lease.subnet == IPv4Network("10.5.2.0/24")
-    assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE] * 3
+    assert stop.waits == [acquire.OUT_OF_SUBNETS_PAUSE] * 3
     assert caplog.text.count("failed to acquire lease: out of subnets") == 1
 
 
@@ -269,13 +269,13 @@ def test_a_full_network_gets_another_config(
     fill(store)
 
     def widen() -> None:
-        if stop.waits.count(local_manager.OUT_OF_SUBNETS_PAUSE) == 2:
+        if stop.waits.count(acquire.OUT_OF_SUBNETS_PAUSE) == 2:
             store.data.config = '{"Network":"10.5.0.0/20"}'
 
     store.on_call = widen
     with pytest.raises(ConfigChanged, match="config has changed"):
         manager.acquire_lease(config, ATTRS, stop)
-    assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE] * 2
+    assert stop.waits == [acquire.OUT_OF_SUBNETS_PAUSE] * 2
     # Begun again with what the store has now, there is room.
     lease = manager.acquire_lease(manager.network_config(), ATTRS, stop)
     assert lease.subnet.subnet_of(IPv4Network("10.5.0.0/20"))
@@ -291,7 +291,7 @@ def test_a_full_network_whose_config_cannot_be_read_is_waited_for(
     store.data.put("10.5.2.0-24", OTHER, 4)
     store.faults.extend([None, None, fault])
     assert manager.acquire_lease(config, ATTRS, stop).subnet == IPv4Network("10.5.2.0/24")
-    assert stop.waits == [local_manager.OUT_OF_SUBNETS_PAUSE, 1.0]
+    assert stop.waits == [acquire.OUT_OF_SUBNETS_PAUSE, 1.0]
     look = ["snapshot", "config"]
     assert store.calls[:-1] == ["config", "snapshot", *look, *look, "create"]
 

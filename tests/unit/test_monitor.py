@@ -15,10 +15,10 @@ from memory_store import PATIENCE, Clock, Data, MemoryStore
 
 from flanneld import retry
 from flanneld.errors import LeaseLost, StoreUnavailable
-from flanneld.subnet import local_manager, monitor
+from flanneld.subnet import acquire, local_manager, monitor
 from flanneld.subnet.config import parse_config
-from flanneld.subnet.lease import Lease, LeaseAttrs
-from flanneld.subnet.local_manager import LEASE_TTL, LocalManager
+from flanneld.subnet.lease import LEASE_TTL, Lease, LeaseAttrs
+from flanneld.subnet.local_manager import LocalManager
 from flanneld.subnet.monitor import FIGHT_TIME, FIGHTS, RETRY, RETRY_LOST, LeaseMonitor
 
 KEY = "10.5.34.0-24"
@@ -151,7 +151,7 @@ class Host:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     host = Host(Clock())
-    for module in (local_manager, monitor, retry):
+    for module in (acquire, local_manager, monitor, retry):
         monkeypatch.setattr(module, "now", host.clock)
     fake = SimpleNamespace(SimpleQueue=lambda: host, Empty=queue.Empty)
     monkeypatch.setattr(monitor, "queue", fake)

@@ -11,7 +11,7 @@ import pytest
 
 from flanneld.retry import LONGEST_PAUSE
 from flanneld.subnet import watch
-from flanneld.subnet.lease import Lease, LeaseAttrs, check_peer
+from flanneld.subnet.lease import Lease, LeaseAttrs, check_peer, overlap
 from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
 from flanneld.subnet.watch import (
     HOLD_RESERVATION,
@@ -513,12 +513,11 @@ def comparisons(monkeypatch: pytest.MonkeyPatch, *leases: Lease) -> tuple[int, i
     Return how many ranges were compared, and how many lines of the module were run on the way.
     """
     count = lines = 0
-    overlaps = IPv4Network.overlaps
 
-    def counted(self: IPv4Network, other: IPv4Network) -> bool:
+    def counted(one: IPv4Network, other: IPv4Network) -> bool:
         nonlocal count
         count += 1
-        return overlaps(self, other)
+        return overlap(one, other)
 
     def trace(frame: FrameType, event: str, _argument: object) -> "TraceFunction | None":
         nonlocal lines
@@ -531,7 +530,7 @@ def comparisons(monkeypatch: pytest.MonkeyPatch, *leases: Lease) -> tuple[int, i
     assert tracker.event(all_gone(10**6 + 1), 1) == []
     before = sys.gettrace()
     with monkeypatch.context() as patch:
-        patch.setattr(IPv4Network, "overlaps", counted)
+        patch.setattr(watch, "overlap", counted)
         sys.settrace(trace)
         try:
             for n, item in enumerate(leases):
