@@ -34,8 +34,9 @@ from lab.wait import NotInTime
 WIDE = IPv4Network("10.0.0.0/8")
 SUBNET_LEN = 24
 
-# Seconds: how long a step may take until what is missing counts as lost, and the whole run.
-_STEP, _WHOLE = 400.0, 540.0
+# Minutes after which no step begins, and the part of them that one step may take until what is
+# missing counts as lost.
+_MINUTES, _PART = 9.0, 0.75
 # Seconds at rest, and until idle polls are spread as they are for ever.
 _REST, _SETTLE = 40.0, 5.0
 # Renewals one by one, and at one instant (all of the hosts, if there are fewer).
@@ -78,14 +79,18 @@ class Step:
 class Bench:
     """One run: the members of etcd, how many hosts, and what was found so far."""
 
-    def __init__(self, members: Sequence[Etcd], hosts: int, processes: int) -> None:
+    def __init__(
+        self, members: Sequence[Etcd], hosts: int, processes: int, minutes: float = _MINUTES
+    ) -> None:
         self.members = members
         self.endpoints = ",".join(member.url for member in members)
         self.hosts = hosts
         self.processes = processes
         self.steps: list[Step] = []
         self.problems: list[str] = []
-        self.deadline = time.monotonic() + _WHOLE
+        self.deadline = time.monotonic() + minutes * 60.0
+        self.patience = minutes * 60.0 * _PART
+        """Seconds that one step may take."""
 
     def fleet(
         self, prefix: str, network: IPv4Network, previous: dict[int, IPv4Network] | None = None
@@ -97,8 +102,8 @@ class Bench:
     def put_config(self, prefix: str, network: IPv4Network) -> None:
         """Write it, however busy etcd is."""
         config = {"Network": str(network), "SubnetLen": SUBNET_LEN, "Backend": {"Type": "vxlan"}}
-        until = time.monotonic() + _STEP
-        with self.members[0].client(timeout=_STEP) as client:
+        until = time.monotonic() + self.patience
+        with self.members[0].client(timeout=self.patience) as client:
             while True:
                 try:
                     client.put(f"{prefix}/config", json.dumps(config))
@@ -133,7 +138,7 @@ class Bench:
 
     def wait(self, fleet: Fleet, done: Callable[[list[State]], bool]) -> list[State]:
         """Wait until this holds of the hosts, or the time is over; return how they are then."""
-        until = min(time.monotonic() + _STEP, self.deadline)
+        until = min(time.monotonic() + self.patience, self.deadline)
         while True:
             states = fleet.states()
             if done(states) or time.monotonic() > until:
@@ -146,7 +151,7 @@ def costs(bench: Bench) -> None:
     step = Step(f"What one request costs etcd, with {bench.hosts} leases")
     bench.steps.append(step)
     directory = "/v2/keys/costs/subnets"
-    with bench.members[0].client(timeout=_STEP) as client:
+    with bench.members[0].client(timeout=bench.patience) as client:
         for number in range(bench.hosts):
             subnet = IPv4Network((int(WIDE.network_address) + (number << 8), SUBNET_LEN))
             client.put(f"/costs/subnets/{subnet_key(subnet)}", attrs_of(number).encode(), ttl=86400)
@@ -234,7 +239,7 @@ def restart_etcd(bench: Bench, fleet: Fleet) -> None:
         for member in bench.members:
             member.launch()
         for member in bench.members:
-            member.wait_healthy(_STEP)
+            member.wait_healthy(bench.patience)
         step.add("until etcd is healthy", time.monotonic() - began, "s")
         states = bench.wait(fleet, lambda all_: all(s.snapshot_at > began for s in all_))
         back = [s.snapshot_at - began for s in states if s.snapshot_at > began]
@@ -248,12 +253,12 @@ def empty_etcd(bench: Bench, fleet: Fleet) -> None:
     began = time.monotonic()
     with (
         bench.step("etcd emptied", fleet, anew=True) as step,
-        member.client(timeout=_STEP) as client,
+        member.client(timeout=bench.patience) as client,
     ):
         member.wipe(wait=False)
-        member.wait_healthy(_STEP)
+        member.wait_healthy(bench.patience)
         bench.put_config("/wide", WIDE)
-        until = began + _STEP
+        until = began + bench.patience
         back = 0
         while back < bench.hosts and time.monotonic() < until:
             time.sleep(_LOOK)
@@ -266,13 +271,13 @@ def empty_etcd(bench: Bench, fleet: Fleet) -> None:
 
 
 def _index(bench: Bench) -> int:
-    with bench.members[0].client(timeout=_STEP) as client:
+    with bench.members[0].client(timeout=bench.patience) as client:
         return client.index()
 
 
 def _settled(bench: Bench, start: int) -> int:
     """Wait until etcd's index has grown, and grows no more; return it."""
-    index, until = start, time.monotonic() + _STEP
+    index, until = start, time.monotonic() + bench.patience
     while time.monotonic() < until:
         time.sleep(2 * _LOOK)
         before, index = index, _index(bench)
@@ -372,6 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--members", type=int, default=1, help="members of etcd (1)")
     parser.add_argument("--processes", type=int, default=4, help="processes of hosts (4)")
     parser.add_argument(
+        "--minutes", type=float, default=_MINUTES, help="after which no step begins (9)"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("build/bench"), help="directory (build/bench)"
     )
     options = parser.parse_args(argv)
@@ -379,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = machine.describe() | {"load average before": machine.load()}
     began = time.monotonic()
     with stop_signals_raise(), running(options.members) as members:
-        bench = Bench(members, options.hosts, options.processes)
+        bench = Bench(members, options.hosts, options.processes, options.minutes)
         try:
             run(bench)
         except (LabError, NotInTime, EtcdV2Error, OSError) as error:
