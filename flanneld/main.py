@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from flanneld import __version__, docker0, flags, logs, memory, signals
 from flanneld.backend.base import Network
@@ -22,7 +23,7 @@ from flanneld.errors import (
     UsageError,
 )
 from flanneld.flags import HelpRequested, Options, Parsed
-from flanneld.heartbeat import Heartbeat
+from flanneld.heartbeat import Heartbeat, Pulse
 from flanneld.interface import ExternalInterface, SelectionError, look_up
 from flanneld.lock import InUse, show_presence, take
 from flanneld.notify import Notifier
@@ -35,10 +36,16 @@ from flanneld.subnet.local_manager import LocalManager
 from flanneld.subnet.manager import SubnetManager
 from flanneld.subnet.monitor import LeaseMonitor
 
+if TYPE_CHECKING:
+    from flanneld.masquerade.keeper import Keeper
+
 log = logging.getLogger(__name__)
 
 # Seconds between two looks for the network config; the original's.
 CONFIG_PAUSE = 1.0
+
+# Seconds the forward rules wait for the first peers, at most.
+PEERS_FIRST = 1.0
 
 # Seconds the threads have to end; the store's requests are cut, so they need milliseconds.
 GRACE = 1.0
@@ -111,11 +118,15 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
         config, network = register(manager, external, previous, notifier, stop)
         hold_lock(options)
         heart = Heartbeat()
-        rules = keep_rules(options, config, network, previous, stop, heart=heart)
+        peers_in = threading.Event()
+        pulse = heart.pulse("masquerade")
+        rules = keep_rules(options, config, network, previous, stop, pulse=pulse, peers_in=peers_in)
         write_subnet_file(options, config, network)
         with kept_in_this_thread():
             docker0.start_watch(config.network, network.lease.subnet, stop)
-        keep_running(options, manager, network, notifier, stop, heart=heart, rules=rules)
+        keep_running(
+            options, manager, network, notifier, stop, heart=heart, rules=rules, peers_in=peers_in
+        )
     finally:
         notifier.stopping()
         stop.set()
@@ -235,20 +246,39 @@ def keep_rules(
     previous: env.Previous,
     stop: threading.Event,
     *,
-    heart: Heartbeat,
+    pulse: Pulse,
+    peers_in: threading.Event,
 ) -> threading.Thread:
-    """Put the masquerade and forward rules in place, and keep them in a thread of their own."""
-    from flanneld.masquerade import keeper
+    """Put the masquerade and forward rules in place, and keep them in a thread of their own.
 
-    return keeper.keep(
-        options,
-        config.network,
-        network.lease.subnet,
-        enable_nftables=config.enable_nftables,
-        former_network=previous.network,
-        stop=stop,
-        heart=heart,
-    )
+    For the masquerade rules the start waits. Where there are only forward rules their thread waits
+    for ``peers_in``: Python's threads take turns, and the ways to the peers come first.
+    """
+
+    def make() -> "Keeper":
+        from flanneld.masquerade import keeper
+
+        return keeper.make(
+            options,
+            config.network,
+            network.lease.subnet,
+            enable_nftables=config.enable_nftables,
+            former_network=previous.network,
+        )
+
+    def keep() -> None:
+        peers_in.wait(PEERS_FIRST)
+        if not stop.is_set():
+            make().run(stop, pulse)
+
+    if options.ip_masq:
+        from flanneld.masquerade import keeper
+
+        return keeper.start(make(), stop, pulse)
+    thread = threading.Thread(target=keep, name="masquerade", daemon=True)
+    with kept_in_this_thread():
+        thread.start()
+    return thread
 
 
 def write_subnet_file(options: Options, config: Config, network: Network) -> None:
@@ -267,10 +297,11 @@ def keep_running(
     *,
     heart: Heartbeat,
     rules: threading.Thread,
+    peers_in: threading.Event,
 ) -> None:
     """Monitor the lease in the foreground while the backend runs in a thread.
 
-    ``rules`` is one that runs already.
+    ``rules`` is one that runs already. ``peers_in`` is set with the first peers in the kernel.
     """
     subnet = network.lease.subnet
     monitor = LeaseMonitor(manager, network.lease, options.subnet_lease_renew_margin * 60.0)
@@ -278,6 +309,7 @@ def keep_running(
     def synced() -> None:
         notifier.ready()
         notifier.status(f"leased {subnet}, following the other hosts")
+        peers_in.set()
 
     notifier.status(f"leased {subnet}, waiting for the other hosts' leases")
     watchdog = notifier.watchdog_interval
@@ -297,6 +329,7 @@ def keep_running(
     finally:
         log.info("Stopped monitoring lease")
         stop.set()
+        peers_in.set()
         network.wake()
         manager.close()
         for thread in threads:

@@ -11,7 +11,7 @@ from ipaddress import IPv4Network
 from flanneld.clock import now
 from flanneld.errors import FlannelError
 from flanneld.flags import Options
-from flanneld.heartbeat import Heartbeat, Pulse
+from flanneld.heartbeat import Pulse
 from flanneld.masquerade.choose import Choice, choose
 from flanneld.masquerade.driver import Commands, MasqueradeError
 from flanneld.masquerade.rules import Rules, instance_of, wanted
@@ -168,21 +168,15 @@ class Keeper:
         self._mended_at, self._mended = now(), 0
 
 
-def keep(
+def make(
     options: Options,
     network: IPv4Network,
     subnet: IPv4Network,
     *,
     enable_nftables: bool,
     former_network: IPv4Network | None,
-    stop: threading.Event,
-    heart: Heartbeat,
-) -> threading.Thread:
-    """Start the thread that keeps this host's rules, until ``stop``, with a pulse of ``heart``.
-
-    With ``--ip-masq`` returns when they are in place, or after the first failure: docker is to
-    start with them.
-    """
+) -> Keeper:
+    """Return the keeper of this host's rules."""
     rules = wanted(
         network,
         subnet,
@@ -192,21 +186,26 @@ def keep(
         instance=instance_of(options.subnet_file),
         former_network=former_network,
     )
-    keeper = Keeper(
+    return Keeper(
         rules,
         lambda commands: choose(rules, enable_nftables, commands),
         options.iptables_resync,
     )
-    work = (stop, heart.pulse("masquerade"))
-    thread = threading.Thread(target=keeper.run, args=work, name="masquerade", daemon=True)
+
+
+def start(keeper: Keeper, stop: threading.Event, pulse: Pulse) -> threading.Thread:
+    """Start the thread that keeps the rules until ``stop``.
+
+    Returns when they are in place, or after the first failure: docker is to start with them.
+    """
+    thread = threading.Thread(target=keeper.run, args=(stop, pulse), name="masquerade", daemon=True)
     with kept_in_this_thread():
         thread.start()
-    if options.ip_masq:
-        try:
-            keeper.wait_tried(FIRST_TIMEOUT)
-        except BaseException:
-            # The daemon is to end: so must what the thread runs.
-            stop.set()
-            thread.join(END_TIMEOUT)
-            raise
+    try:
+        keeper.wait_tried(FIRST_TIMEOUT)
+    except BaseException:
+        # The daemon is to end: so must what the thread runs.
+        stop.set()
+        thread.join(END_TIMEOUT)
+        raise
     return thread

@@ -31,12 +31,11 @@ TRACED = (sys.executable, "-X", "importtime", "-c", PROGRAM)
 # flanneld's own modules, by package.
 OWN = {
     "flanneld": (
-        "backend clock docker0 errors flags heartbeat interface kernel lock logs main masquerade"
-        " memory notify retry signals subnet"
+        "backend clock docker0 errors flags heartbeat interface kernel lock logs main memory"
+        " notify retry signals subnet"
     ),
     "flanneld.backend": "base device feed hostgw peers registry",
     "flanneld.kernel": "hostwire link netlink reconcile refusals spared state wire",
-    "flanneld.masquerade": "choose driver generation keeper nft restore rules text",
     "flanneld.subnet": (
         "acquire allocate config env etcd_member etcd_wait etcdv2 gojson lease local_manager"
         " manager monitor python_etcd store watch"
@@ -50,7 +49,8 @@ OF_VXLAN = {
 }
 # Imported by threads that READY=1 does not wait for: who keeps the rules, and, on host-gw, who
 # removes an earlier backend's device.
-LATER = {f"flanneld.masquerade.{name}" for name in OWN["flanneld.masquerade"].split()} | OF_VXLAN
+OF_RULES = "choose driver generation keeper nft restore rules text"
+LATER = {"flanneld.masquerade"} | OF_VXLAN | {f"flanneld.masquerade.{n}" for n in OF_RULES.split()}
 
 THIRD_PARTY = {"etcd", "sdnotify", "urllib3"}
 # Of the standard library these are heavy; pyroute2 brings them.
