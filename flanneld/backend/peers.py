@@ -191,7 +191,8 @@ class PeerNetwork:
             self._hold(reconciler)
             reconciler.update(put, drop)
         elif not self._watch.is_planned:
-            self._set_all(reconciler)
+            # Entries of an earlier batch may be for a device that has been made anew.
+            self._set_all(reconciler, remake=complete)
 
     def _ensure_device(self) -> bool:
         """Mend the device. Return whether the entries have to be made anew."""
@@ -275,10 +276,11 @@ class PeerNetwork:
             self._warn(problem)
         return ()
 
-    def _set_all(self, reconciler: Reconciler) -> None:
-        """Make all entries anew, and compare the kernel with them."""
-        self._peers = {s: self._device.entries(lease) for s, lease in self._leases.items()}
-        self._users = Counter(s for peer in self._peers.values() for s in _shareable(peer))
+    def _set_all(self, reconciler: Reconciler, *, remake: bool = True) -> None:
+        """Compare the kernel with all entries, which are made anew before, or just have been."""
+        if remake:
+            self._peers = {s: self._device.entries(lease) for s, lease in self._leases.items()}
+            self._users = Counter(s for peer in self._peers.values() for s in _shareable(peer))
         # At the first comparison the kernel may have something that a former run left.
         spare = None if reconciler.in_step else self._may_be_a_peers
         reconciler.set_all(self._entries(), self._device.territory(), spare)

@@ -297,7 +297,9 @@ class Reconciler:
             # What is new is in before anything goes that packets may still need.
             _, kept = self._socket().apply([], delete)
             self._drop_outdated([entry for entry in refused if entry.slot in self._ours])
-            self._ours.update(entry.slot for entry in write if entry not in refused)
+            # Asking whether an entry is among none costs as much as its hash.
+            accepted = [e for e in write if e not in refused] if refused else write
+            self._ours.update(entry.slot for entry in accepted)
             # Nothing of ours stands there any more: what comes there next is not a replacement.
             self._ours.difference_update(entry.slot for entry in refused)
         except OSError as error:

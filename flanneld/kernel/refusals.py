@@ -54,7 +54,7 @@ class Refusals:
         ]
         found = {entry: str(why) for entry, why in refused.items()} | dict.fromkeys(silent, "")
         fresh = [e for e, why in found.items() if why and self._refused.get(e) != why]
-        recovered = [e for e in tried if e in self._refused and e not in refused]
+        recovered = [e for e in tried if e in self._refused and e not in refused] if self else []
         for entry in recovered:
             del self._refused[entry]
         self._refused.update(found)
