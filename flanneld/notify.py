@@ -73,7 +73,8 @@ class Notifier:
         while not self._leaving:
             if self._wait_for_room(READY_PATIENCE):
                 self._send("READY=1")
-                # What was said meanwhile was lost.
+                # What was said meanwhile was lost. READY=1 may have taken the only room.
+                self._wait_for_room(READY_PATIENCE)
                 self._send(f"STATUS={self._status}")
                 return
 
