@@ -105,7 +105,7 @@ def _losses(panel: Any, record: Record) -> None:
             panel.barh(lanes[label], width, left=_minutes(event.begun), height=0.85, color=_MAY)
     layers: dict[str, set[tuple[float, int]]] = {_OF_PEER: set(), _ALLOWED: set(), _WRONG: set()}
     for at, *pair in record.lost:
-        event = record.event_at(at)
+        event = record.event_of((pair[0], pair[1]), at)
         for label in pair:
             color = _ALLOWED if label in _struck(event) else _OF_PEER
             if not event.allows((pair[0], pair[1]), at):

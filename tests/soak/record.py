@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Seconds. A packet sent so shortly before a fault may still be under way when it strikes.
+UNDER_WAY = 0.005
+
 
 @dataclass(slots=True)
 class Event:
@@ -34,7 +37,7 @@ class Event:
 
     def allows(self, pair: tuple[str, str], at: float) -> bool:
         """Whether a packet between these hosts, sent at this time, may be lost."""
-        return list(pair) in self.pairs and self.begun <= at <= self.until
+        return list(pair) in self.pairs and self.begun - UNDER_WAY <= at <= self.until
 
 
 @dataclass(slots=True)
@@ -75,10 +78,17 @@ class Record:
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
 
-    def event_at(self, at: float) -> Event:
-        """Return the latest fault that had begun by then; before the first one, that."""
-        number = bisect_right(self.events, at, key=lambda event: event.begun)
-        return self.events[max(0, number - 1)]
+    def event_of(self, pair: tuple[str, str], at: float) -> Event:
+        """Return the fault that a packet sent at this time and lost belongs to.
+
+        The latest that had begun by then (before the first one, that); or the next, if the packet
+        may have met it and is not allowed to have been lost by the former.
+        """
+        number = max(1, bisect_right(self.events, at, key=lambda event: event.begun))
+        latest, *later = self.events[number - 1 : number + 1]
+        if not latest.allows(pair, at) and any(event.allows(pair, at) for event in later):
+            return later[0]
+        return latest
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""

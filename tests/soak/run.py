@@ -182,7 +182,7 @@ def _judge(world: World, lost: list[Lost]) -> None:
         event.lost = event.lost_wrongly = 0
         event.lost_for = 0.0
     for at, one, two in record.lost:
-        event = record.event_at(at)
+        event = record.event_of((one, two), at)
         if event.allows((one, two), at):
             event.lost += 1
             event.lost_for = max(event.lost_for, at - event.undone)
