@@ -79,7 +79,7 @@ class StoreUnavailable(StoreError):
 
 
 class StoreSilent(StoreUnavailable):
-    """As its base; a member that was connected to did not answer in time."""
+    """As its base; a member that was connected to did not answer in time, or says so itself."""
 
 
 class StoreDenied(StoreError):

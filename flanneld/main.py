@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flanneld import __version__, docker0, flags, logs, memory, signals
@@ -23,7 +24,7 @@ from flanneld.errors import (
     UsageError,
 )
 from flanneld.flags import HelpRequested, Options, Parsed
-from flanneld.heartbeat import Heartbeat, Pulse
+from flanneld.heartbeat import Heartbeat
 from flanneld.interface import ExternalInterface, SelectionError, look_up
 from flanneld.lock import InUse, show_presence, take
 from flanneld.notify import Notifier
@@ -118,15 +119,13 @@ def run(options: Options, notifier: Notifier, stop: threading.Event) -> None:
         config, network = register(manager, external, previous, notifier, stop)
         hold_lock(options)
         heart = Heartbeat()
-        peers_in = threading.Event()
-        pulse = heart.pulse("masquerade")
-        rules = keep_rules(options, config, network, previous, stop, pulse=pulse, peers_in=peers_in)
+        make = partial(make_keeper, options, config, network, previous)
+        # For the masquerade rules the start waits: docker is to start with them.
+        rules = start_rules(make, stop, heart) if options.ip_masq else make
         write_subnet_file(options, config, network)
         with kept_in_this_thread():
             docker0.start_watch(config.network, network.lease.subnet, stop)
-        keep_running(
-            options, manager, network, notifier, stop, heart=heart, rules=rules, peers_in=peers_in
-        )
+        keep_running(options, manager, network, notifier, stop, heart=heart, rules=rules)
     finally:
         notifier.stopping()
         stop.set()
@@ -239,46 +238,42 @@ def fetch_config(manager: SubnetManager, notifier: Notifier, stop: threading.Eve
     return config
 
 
-def keep_rules(
-    options: Options,
-    config: Config,
-    network: Network,
-    previous: env.Previous,
-    stop: threading.Event,
-    *,
-    pulse: Pulse,
-    peers_in: threading.Event,
+def make_keeper(
+    options: Options, config: Config, network: Network, previous: env.Previous
+) -> "Keeper":
+    """Return what puts the masquerade and forward rules in place, and keeps them."""
+    from flanneld.masquerade import keeper
+
+    return keeper.make(
+        options,
+        config.network,
+        network.lease.subnet,
+        enable_nftables=config.enable_nftables,
+        former_network=previous.network,
+    )
+
+
+def start_rules(
+    make: Callable[[], "Keeper"], stop: threading.Event, heart: Heartbeat
 ) -> threading.Thread:
-    """Put the masquerade and forward rules in place, and keep them in a thread of their own.
+    """Put the rules in place now, and keep them in a thread of their own."""
+    return make().start(stop, heart.pulse("masquerade"))
 
-    For the masquerade rules the start waits. Where there are only forward rules their thread waits
-    for ``peers_in``: Python's threads take turns, and the ways to the peers come first.
+
+def keep_rules_later(
+    make: Callable[[], "Keeper"],
+    peers_in: threading.Event,
+    stop: threading.Event,
+    heart: Heartbeat,
+) -> None:
+    """Put rules in place that nobody waits for, after the first peers, and keep them.
+
+    Python's threads take turns: what is imported for the rules would keep the peers waiting.
     """
-
-    def make() -> "Keeper":
-        from flanneld.masquerade import keeper
-
-        return keeper.make(
-            options,
-            config.network,
-            network.lease.subnet,
-            enable_nftables=config.enable_nftables,
-            former_network=previous.network,
-        )
-
-    def keep() -> None:
-        peers_in.wait(PEERS_FIRST)
-        if not stop.is_set():
-            make().run(stop, pulse)
-
-    if options.ip_masq:
-        from flanneld.masquerade import keeper
-
-        return keeper.start(make(), stop, pulse)
-    thread = threading.Thread(target=keep, name="masquerade", daemon=True)
-    with kept_in_this_thread():
-        thread.start()
-    return thread
+    pulse = heart.pulse("masquerade")
+    peers_in.wait(PEERS_FIRST)
+    if not stop.is_set():
+        make().run(stop, pulse)
 
 
 def write_subnet_file(options: Options, config: Config, network: Network) -> None:
@@ -296,14 +291,13 @@ def keep_running(
     stop: threading.Event,
     *,
     heart: Heartbeat,
-    rules: threading.Thread,
-    peers_in: threading.Event,
+    rules: "threading.Thread | Callable[[], Keeper]",
 ) -> None:
     """Monitor the lease in the foreground while the backend runs in a thread.
 
-    ``rules`` is one that runs already. ``peers_in`` is set with the first peers in the kernel.
+    ``rules`` are kept by a thread already, or by a keeper that begins after the first peers.
     """
-    subnet = network.lease.subnet
+    subnet, peers_in = network.lease.subnet, threading.Event()
     monitor = LeaseMonitor(manager, network.lease, options.subnet_lease_renew_margin * 60.0)
 
     def synced() -> None:
@@ -319,7 +313,11 @@ def keep_running(
     }
     if watchdog is not None:
         loops["heartbeat"] = lambda: heart.run(stop, watchdog, notifier.watchdog)
-    threads = [rules]
+    threads: list[threading.Thread] = []
+    if isinstance(rules, threading.Thread):
+        threads.append(rules)
+    else:
+        loops["masquerade"] = lambda: keep_rules_later(rules, peers_in, stop, heart)
     try:
         with kept_in_this_thread():
             threads.extend(_start(name, loop, monitor.fail) for name, loop in loops.items())

@@ -9,6 +9,7 @@ of that in use.
 """
 
 import ctypes
+from collections.abc import Callable
 
 # The numbers of mallopt(3) in glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
@@ -53,7 +54,9 @@ def give_back() -> None:
 class Tidying:
     """Gives memory back `CALM` seconds after something large. Times are of a steady clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, forget: Callable[[], object]) -> None:
+        """``forget`` drops what is only of use while something large is read."""
+        self._forget = forget
         self._due: float | None = None
 
     def plan(self, now: float) -> None:
@@ -65,4 +68,5 @@ class Tidying:
         """Give memory back if it is time."""
         if self._due is not None and now >= self._due:
             self._due = None
+            self._forget()
             give_back()

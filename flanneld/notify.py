@@ -74,8 +74,8 @@ class Notifier:
             if self._wait_for_room(READY_PATIENCE):
                 self._send("READY=1")
                 # What was said meanwhile was lost. READY=1 may have taken the only room.
-                self._wait_for_room(READY_PATIENCE)
-                self._send(f"STATUS={self._status}")
+                if self._wait_for_room(READY_PATIENCE) and not self._leaving:
+                    self._send(f"STATUS={self._status}")
                 return
 
     def _wait_for_room(self, seconds: float) -> bool:

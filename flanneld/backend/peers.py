@@ -191,7 +191,7 @@ class PeerNetwork:
             self._hold(reconciler)
             reconciler.update(put, drop)
         elif not self._watch.is_planned:
-            # Entries of an earlier batch may be for a device that has been made anew.
+            # Those of the first batch were made just now, for the device as it is.
             self._set_all(reconciler, remake=complete)
 
     def _ensure_device(self) -> bool:

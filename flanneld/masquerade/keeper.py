@@ -59,6 +59,25 @@ class Keeper:
         """Wait until the rules are in place, or could not be put there at once."""
         return self._tried.wait(timeout)
 
+    def start(self, stop: threading.Event, pulse: Pulse) -> threading.Thread:
+        """Start a thread that does `run`.
+
+        Returns when the rules are in place, or after the first failure.
+        """
+        thread = threading.Thread(
+            target=self.run, args=(stop, pulse), name="masquerade", daemon=True
+        )
+        with kept_in_this_thread():
+            thread.start()
+        try:
+            self.wait_tried(FIRST_TIMEOUT)
+        except BaseException:
+            # The daemon is to end: so must what the thread runs.
+            stop.set()
+            thread.join(END_TIMEOUT)
+            raise
+        return thread
+
     def run(self, stop: threading.Event, pulse: Pulse | None = None) -> None:
         """Until ``stop``: apply, then check every ``resync`` seconds. Never raises.
 
@@ -191,21 +210,3 @@ def make(
         lambda commands: choose(rules, enable_nftables, commands),
         options.iptables_resync,
     )
-
-
-def start(keeper: Keeper, stop: threading.Event, pulse: Pulse) -> threading.Thread:
-    """Start the thread that keeps the rules until ``stop``.
-
-    Returns when they are in place, or after the first failure: docker is to start with them.
-    """
-    thread = threading.Thread(target=keeper.run, args=(stop, pulse), name="masquerade", daemon=True)
-    with kept_in_this_thread():
-        thread.start()
-    try:
-        keeper.wait_tried(FIRST_TIMEOUT)
-    except BaseException:
-        # The daemon is to end: so must what the thread runs.
-        stop.set()
-        thread.join(END_TIMEOUT)
-        raise
-    return thread

@@ -11,7 +11,14 @@ from ipaddress import IPv4Network
 from random import Random
 
 from flanneld.clock import now
-from flanneld.errors import CompareFailed, KeyNotFound, OutOfSubnets, Stopped, StoreError
+from flanneld.errors import (
+    CompareFailed,
+    KeyNotFound,
+    OutOfSubnets,
+    Stopped,
+    StoreError,
+    StoreSilent,
+)
 from flanneld.retry import Once, Outage
 from flanneld.subnet.allocate import Create, Discard, Reuse, decide, elder
 from flanneld.subnet.config import Config
@@ -33,9 +40,8 @@ log = logging.getLogger(__name__)
 # Seconds between looks whether a subnet has become free.
 OUT_OF_SUBNETS_PAUSE = 5.0
 
-# Seconds. A try that fails later than that shows a store that is overloaded; the pause that follows
-# is about as long as the try was, but not longer than this.
-SLOW = 2.0
+# Seconds. After a member was silent, or said that it was out of time, the pause is about as long as
+# that took, and at most this.
 LONGEST_PAUSE = 10.0
 
 
@@ -81,12 +87,7 @@ class Acquisition:
         while not stop.is_set():
             began = now()
             try:
-                snapshot = self._list_leases()
-                if waited:
-                    # Only now: a store that has no list for us is not asked for more.
-                    self._check_config()
-                    waited = False
-                lease = self._round(snapshot)
+                lease = self._round(waited)
             except OutOfSubnets as error:
                 self._say.warn(error.warnings)
                 self._waiting(str(error))
@@ -94,37 +95,43 @@ class Acquisition:
                 waited = True
             except (CompareFailed, KeyNotFound):
                 # Somebody was faster. A moment at random, so that the next round is not a draw.
-                self._contended = True
+                self._contended, waited = True, False
                 stop.wait(self._random.uniform(0, 0.05))
             except StoreError as error:
                 took = now() - began
                 self._waiting(str(error))
                 store_away.failed(error, stop)
-                self._spare_the_store(took, stop)
+                if isinstance(error, StoreSilent):
+                    self._spare_the_store(took, stop)
                 waited = True
             else:
                 if lease is not None:
                     return lease
+                waited = False
         raise Stopped
 
     def _spare_the_store(self, took: float, stop: threading.Event) -> None:
-        """Pause once more after a try that failed, as long as it ``took``, more or less.
+        """Pause once more, about as long as the answer ``took`` that did not come.
 
-        A store that refuses late has more to do than it can: so many hosts start at once. If all
-        of them asked again at once it would work for nobody.
+        So many hosts start at once that there is more to do than the store can. If all of them
+        asked again at once it would work for nobody.
         """
-        if took > SLOW:
-            stop.wait(min(took, LONGEST_PAUSE) * self._random.uniform(0.5, 1.5))
+        stop.wait(min(took * self._random.uniform(0.5, 1.5), LONGEST_PAUSE))
 
     def _list_leases(self) -> Snapshot:
         """Return all leases."""
+        self.listed = None  # two lists of 10,000 leases are too many
         snapshot = self._store.snapshot()
         self.listed = snapshot, now()
         return snapshot
 
-    def _round(self, snapshot: Snapshot) -> Lease | None:
-        """Take one step; return the lease once it is ours."""
+    def _round(self, waited: bool) -> Lease | None:
+        """Take one step; return the lease once it is ours. ``waited`` before it, for whatever."""
         attrs, say = self._attrs, self._say
+        snapshot = self._list_leases()
+        if waited:
+            # Only now: a store that has no list for us is not asked for more.
+            self._check_config()
         leases, taken, bad = read_leases(snapshot.nodes)
         # Before there may be no subnet left: then these may be the reason.
         say.warn(bad)

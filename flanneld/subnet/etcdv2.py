@@ -294,6 +294,9 @@ _CREDENTIALS = "check --etcd-username and --etcd-password, and the role"
 
 _QUORUM: dict[str, Any] = {"quorum": True, "recursive": False, "sorted": False}
 
+# In etcd's words for a request that waited for longer than it grants.
+_TIMED_OUT = "request timed out"
+
 # Bytes, quoted. etcd resets a connection whose first line is longer than 4 KB; a lease has 100.
 _COMPARED = 2048
 
@@ -427,6 +430,8 @@ def _cause_text(cause: BaseException | None) -> str:
 
 def _is_silence(error: Exception) -> bool:
     """Tell whether the member had the request, and no answer came in time."""
+    if isinstance(error, Refused):
+        return _TIMED_OUT in str(error)
     if not isinstance(error, etcd.EtcdConnectionFailed):
         return False
     return any(isinstance(reason, ReadTimeoutError) for reason in _reasons(error.cause))

@@ -38,6 +38,7 @@ from flanneld.subnet.lease import (
     LeaseAttrs,
     check_peer,
     parse_lease,
+    parse_subnet_key,
     subnet_key,
 )
 from flanneld.subnet.manager import LeaseState, LeaseStatus
@@ -57,6 +58,10 @@ RACES = 10
 # Far behind the store one snapshot is cheaper than one request for each event (0.4 ms): from
 # this many events on, and more where the snapshot is large.
 CATCH_UP = 16
+
+# Seconds. What was listed for the lease is not followed if it is older: with --ip-masq a start may
+# wait for ten seconds in between.
+LIST_AGE = 1.0
 
 # Seconds until a member that lags behind is asked again.
 BEHIND_PAUSE = 0.2
@@ -202,19 +207,20 @@ class LocalManager:
 
         tracker = LeaseTracker(subnet_key(own.subnet), reject)
         warn = Sparing(log.log)
-        tidying = Tidying()
+        tidying = Tidying(parse_subnet_key.cache_clear)
         first = True
         while not stop.is_set():
             tidying.work(now())
             pulse.beat(STORE)
             try:
                 listed, self._listed = self._listed, None
-                if listed is None:
+                if listed is None or now() - listed[1] > LIST_AGE:
+                    del listed
                     listed = self._store.snapshot(), now()
+                    self._away.over()
                 events = tracker.snapshot(*listed)
                 del listed
                 tidying.plan(now())
-                self._away.over()
                 _log_notes(tracker, warn)
                 if events or first:
                     first = False

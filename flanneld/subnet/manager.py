@@ -79,8 +79,8 @@ class SubnetManager(Protocol):
     ) -> Iterator[list[LeaseEvent]]:
         """Yield the changes of the other hosts' leases, as batches.
 
-        The first batch is everything there is, and comes even if that is nothing. ``pulse`` as
-        for `watch_lease`.
+        The first batch is everything there is, or was when the lease was taken a moment ago, and
+        comes even if that is nothing. ``pulse`` as for `watch_lease`.
         """
         ...
 

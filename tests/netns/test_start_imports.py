@@ -47,10 +47,9 @@ OF_VXLAN = {
     "flanneld.kernel.device",
     "flanneld.kernel.vxlan",
 }
-# Imported by threads that READY=1 does not wait for: who keeps the rules, and, on host-gw, who
-# removes an earlier backend's device.
-OF_RULES = "choose driver generation keeper nft restore rules text"
-LATER = {"flanneld.masquerade"} | OF_VXLAN | {f"flanneld.masquerade.{n}" for n in OF_RULES.split()}
+# Imported by a thread that READY=1 does not wait for: on host-gw it removes an earlier backend's
+# device. What keeps the rules is not even begun with.
+LATER = OF_VXLAN
 
 THIRD_PARTY = {"etcd", "sdnotify", "urllib3"}
 # Of the standard library these are heavy; pyroute2 brings them.

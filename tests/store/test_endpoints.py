@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from flanneld.errors import StoreError, StoreUnavailable
+from flanneld.errors import StoreError, StoreSilent, StoreUnavailable
 from flanneld.subnet import etcd_member
 from flanneld.subnet.etcd_member import Credentials
 from flanneld.subnet.etcdv2 import EtcdV2Store
@@ -22,7 +22,7 @@ from lab.wait import eventually
 
 from .conftest import MakeStore
 from .hosts import OWN_IP, SOON, Cluster, attrs
-from .servers import Action, DeafListener, Forward, Request, Server, Stall, free_url
+from .servers import Action, DeafListener, Forward, Request, Server, Stall, answer, free_url
 
 NAME = "10.5.17.0-24"
 VALUE = attrs().encode()
@@ -367,3 +367,19 @@ def test_close_is_safe_to_repeat_and_before_any_request(make_store: MakeStore) -
     store.close()
     with pytest.raises(StoreError, match="was closed"):
         store.create(NAME, VALUE, 60)
+
+
+@pytest.mark.parametrize(
+    ("cause", "silent"), [("etcdserver: request timed out", True), ("etcdserver: no leader", False)]
+)
+def test_a_member_that_says_it_was_too_slow(
+    make_store: MakeStore, cause: str, silent: bool
+) -> None:
+    """It has more to do than it can; one without a leader has nothing to do."""
+    body = f'{{"errorCode":300,"message":"Raft Internal Error","cause":"{cause}","index":7}}'
+    with Server(lambda _: answer(body, 500)) as server:
+        store = make_store(server.url)
+        for request in (store.read_config, store.snapshot):
+            with pytest.raises(StoreUnavailable, match=cause) as caught:
+                request()
+            assert isinstance(caught.value, StoreSilent) is silent

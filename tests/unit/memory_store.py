@@ -11,7 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from flanneld.errors import CompareFailed, HistoryCleared, KeyNotFound, StoreUnavailable
+from flanneld.errors import (
+    CompareFailed,
+    HistoryCleared,
+    KeyNotFound,
+    StoreSilent,
+    StoreUnavailable,
+)
 from flanneld.subnet.store import Behind, Change, Node, Poll, Snapshot, StoreEvent
 
 T = TypeVar("T")
@@ -240,6 +246,8 @@ class MemoryStore:
         fault = self.faults.popleft() if self.faults else None
         if self.closed or self.down or fault == "before":
             raise StoreUnavailable("connection refused")
+        if fault == "silent":
+            raise StoreSilent("i/o timeout")
         with self.data.changed:
             self.data.expire()
             result = action()

@@ -17,18 +17,21 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 
 def test_it_is_given_back_once_some_time_after_something_large(given: list[None]) -> None:
-    tidying = Tidying()
+    forgotten: list[int] = []
+    # Before it is given back, or it could not be.
+    tidying = Tidying(lambda: forgotten.append(len(given)))
     tidying.plan(100.0)
     tidying.work(100.0 + CALM - 0.1)
     assert not given
     tidying.work(100.0 + CALM)
     tidying.work(100.0 + 2 * CALM)
     assert len(given) == 1
+    assert forgotten == [0]
 
 
 def test_more_of_it_does_not_put_it_off(given: list[None]) -> None:
     """Somebody writes for hours: memory is given back all the same, but not for each list."""
-    tidying = Tidying()
+    tidying = Tidying(lambda: None)
     for tenth in range(100):
         tidying.plan(tenth / 10)
         tidying.work(tenth / 10)
@@ -36,7 +39,7 @@ def test_more_of_it_does_not_put_it_off(given: list[None]) -> None:
 
 
 def test_nothing_is_given_back_without_a_reason(given: list[None]) -> None:
-    Tidying().work(1e9)
+    Tidying(lambda: given.append(None)).work(1e9)
     assert not given
 
 

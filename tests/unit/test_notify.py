@@ -150,6 +150,31 @@ def join_late(notifier: Notifier) -> None:
     close(notifier)
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_the_status_after_a_late_ready_waits_for_room(
+    service_manager: socket.socket, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    """Its queue has room for READY=1, and only later for one more; or the daemon ends first."""
+    said: list[str] = []
+    notifier = Notifier(os.environ)
+
+    def wait(_seconds: float) -> bool:
+        said.append("wait")
+        if leaves and said[-2:] == ["READY=1", "wait"]:
+            notifier.stopping()
+        return len(said) > 2
+
+    monkeypatch.setattr(notifier, "_wait_for_room", wait)
+    monkeypatch.setattr(notifier, "_send", said.append)
+    notifier.status("as before")
+    notifier.ready()
+    join_late(notifier)
+    late = "STOPPING=1" if leaves else "STATUS=as before"
+    assert said[:5] == ["STATUS=as before", "wait", "wait", "READY=1", "wait"]
+    assert said[5] == late
+    assert service_manager
+
+
 @pytest.mark.usefixtures("service_manager")
 def test_who_leaves_before_it_could_say_ready_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notify, "READY_PATIENCE", 0.1)

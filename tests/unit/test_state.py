@@ -276,6 +276,22 @@ def test_contains_is_subnet_of(first: int, length: int, second: int, longer: int
     assert contains(outer, inner) is inner.subnet_of(outer)
 
 
+NETWORKS = st.builds(
+    lambda address, length: IPv4Network((address, length), strict=False),
+    # Close to each other, at both ends.
+    st.sampled_from([0, 1, 0x0A050000, 0x0A050100, 0xFFFFFF00, 0xFFFFFFFF]),
+    st.integers(0, 32),
+)
+
+
+@given(NETWORKS, NETWORKS)
+def test_routes_share_a_slot_if_their_destination_is_the_same(
+    one: IPv4Network, other: IPv4Network
+) -> None:
+    first, second = (Route(dst, IPv4Address("192.168.0.2"), 2) for dst in (one, other))
+    assert (first.slot == second.slot) is (one == other)
+
+
 # Few values, so that slots collide.
 SUBNETS = st.sampled_from(["10.5.1.0/24", "10.5.2.0/24", "10.6.1.0/24", "10.5.0.0/16"])
 GATEWAYS = st.sampled_from(["192.168.0.2", "192.168.0.3"])
