@@ -81,6 +81,9 @@ class LeaseTracker:
         self._own = own
         self._reject = reject
         self._known: dict[str, _Known] = {}
+        # The hashes of the values they were read from: in a snapshot most keys are as they were,
+        # and need not be read again. The index does not tell: a restored store gives it twice.
+        self._values: dict[str, int] = {}
         # What is gone from the store, and what it has in its place: nothing, or an older lease.
         self._held: dict[str, Lease | None] = {}
         # Of the held ones: by public IP, how many of each length, and no end comes before this.
@@ -126,6 +129,8 @@ class LeaseTracker:
                     self._hold(name, found[name])
         events: list[LeaseEvent] = []
         for name, lease in found.items():
+            if not self._held and name in self._known and lease is self._known[name].lease:
+                continue  # as it was, and there is nothing whose place it takes
             if name not in self._held or not _same_write(self._held[name], lease):
                 events += self._take(name, lease, now)
         self._note_held(before)
@@ -186,6 +191,17 @@ class LeaseTracker:
     def _read(self, node: Node) -> Lease | None:
         if node.name == self._own:
             return None
+        known, value = self._known.get(node.name), hash(node.value)
+        # One that is held may be known by another write than the one that was read last; and a
+        # reservation, which has no end of its own, is held for a time from here on.
+        if (
+            known is not None
+            and known.lease.ttl is not None
+            and node.name not in self._held
+            and known.lease.modified_index == node.index
+            and self._values.get(node.name) == value
+        ):
+            return known.lease
         try:
             lease = parse_lease(node.name, node.value, node.ttl, node.index)
             reason = self._reject(lease)
@@ -193,6 +209,7 @@ class LeaseTracker:
             reason = str(error)
         if reason is None:
             self._ignored.pop(node.name, None)
+            self._values[node.name] = value
             return lease
         if self._ignored.get(node.name) != reason:
             self._ignored[node.name] = reason
@@ -203,8 +220,9 @@ class LeaseTracker:
         events: list[LeaseEvent] = []
         self._let_go(name)
         before = self._known.get(name)
-        ends = now + (HOLD_RESERVATION if lease.ttl is None else lease.ttl)
-        self._known[name] = _Known(lease, ends)
+        if before is None or before.lease is not lease:
+            ends = now + (HOLD_RESERVATION if lease.ttl is None else lease.ttl)
+            self._known[name] = _Known(lease, ends)
         for other in self._replaced_by(lease):
             if other in self._held:
                 events += self._give_up(other, now)
@@ -266,6 +284,7 @@ class LeaseTracker:
         instead = self._let_go(name)
         if instead is not None:
             return self._take(name, instead, now)
+        self._values.pop(name, None)
         return [LeaseEvent(EventType.REMOVED, self._known.pop(name).lease)]
 
 
