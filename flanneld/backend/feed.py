@@ -5,6 +5,7 @@ import os
 import queue
 import threading
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from flanneld.heartbeat import Pulse
 from flanneld.logs import MANY, verbose
@@ -14,6 +15,9 @@ from flanneld.subnet.manager import SubnetManager
 from flanneld.subnet.watch import LeaseEvent
 
 log = logging.getLogger(__name__)
+
+# A format and its arguments: of thousands of lines that are not written none is made, either.
+Line: TypeAlias = tuple[str, *tuple[object, ...]]
 
 
 class LeaseFeed:
@@ -66,10 +70,11 @@ class LeaseFeed:
             self.wake()
 
 
-def log_changes(lines: Sequence[str]) -> None:
+def log_changes(lines: Sequence[Line]) -> None:
     """Log which peers came and went; of many at once, only how many."""
     if len(lines) > MANY:
         log.info("%d subnets added or removed (-v=1 lists them)", len(lines))
     level = logging.INFO if len(lines) <= MANY else verbose(1)
-    for line in lines:
-        log.log(level, "%s", line)
+    if log.isEnabledFor(level):
+        for line in lines:
+            log.log(level, *line)

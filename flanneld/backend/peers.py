@@ -14,7 +14,7 @@ from ipaddress import IPv4Network
 from typing import Protocol
 
 from flanneld.backend.device import Device, DeviceWatch, remove_former
-from flanneld.backend.feed import LeaseFeed, log_changes
+from flanneld.backend.feed import LeaseFeed, Line, log_changes
 from flanneld.errors import DeviceError
 from flanneld.heartbeat import IDLE, Heartbeat, Pulse
 from flanneld.kernel.reconcile import ALL, Reconciler
@@ -210,7 +210,7 @@ class PeerNetwork:
         """Note what a batch of events means for the peers, and return it as entries."""
         put: dict[Slot, Entry] = {}
         drop: dict[Slot, None] = {}
-        lines = []
+        lines: list[Line] = []
         for event in batch:
             lease, subnet = event.lease, event.lease.subnet
             before = self._peers.pop(subnet, ())
@@ -226,9 +226,9 @@ class PeerNetwork:
                 for entry in entries:
                     put[entry.slot] = entry
                     drop.pop(entry.slot, None)
-                lines.append(f"Subnet added: {subnet} via {lease.attrs.public_ip}")
+                lines.append(("Subnet added: %s via %s", subnet, lease.attrs.public_ip))
             elif before:
-                lines.append(f"Subnet removed: {subnet}")
+                lines.append(("Subnet removed: %s", subnet))
         log_changes(lines)
         self._keep_shared(put, drop)
         return list(put.values()), list(drop)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 from flanneld.backend.device import DeviceWatch, remove_former
-from flanneld.backend.feed import LeaseFeed, log_changes
+from flanneld.backend.feed import LeaseFeed, Line, log_changes
 from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.keeper import TunnelKeeper
 from flanneld.backend.udp.peers import PeerRoute
@@ -171,18 +171,18 @@ class UdpNetwork:
         """Hand the peers of a batch of events to the tunnel. Leases of all backends count."""
         put: dict[IPv4Network, PeerRoute] = {}
         drop: dict[IPv4Network, None] = {}
-        lines = []
+        lines: list[Line] = []
         for event in batch:
             subnet, public_ip = event.lease.subnet, event.lease.attrs.public_ip
             if event.type is EventType.REMOVED:
                 put.pop(subnet, None)
                 if self._peers.pop(subnet, None) is not None:
                     drop[subnet] = None
-                    lines.append(f"Subnet removed: {subnet}")
+                    lines.append(("Subnet removed: %s", subnet))
                 continue
             drop.pop(subnet, None)
             put[subnet] = self._peers[subnet] = PeerRoute(subnet, public_ip)
-            lines.append(f"Subnet added: {subnet} via {public_ip}")
+            lines.append(("Subnet added: %s via %s", subnet, public_ip))
         log_changes(lines)
         self._keeper.change(put.values(), drop)
         self._complete = True
