@@ -141,9 +141,8 @@ bench-udp: compiled
 	$(BIN)/python -m bench.udp_tunnel
 
 # As many as were asked for on the command line, else not demo's few.
-bench-hosts: HOSTS = 2000
 bench-hosts: compiled
-	$(BIN)/python -m bench.many_hosts $(HOSTS)
+	$(BIN)/python -m bench.many_hosts $(if $(filter file,$(origin HOSTS)),2000,$(HOSTS))
 
 test: lint compiled
 	$(BIN)/pytest $(SIDE_BY_SIDE) tests

@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(members, options.hosts, options.processes, options.minutes)
         try:
             run(bench)
-        except (LabError, NotInTime, EtcdV2Error, OSError) as error:
+        except (KeyboardInterrupt, LabError, NotInTime, EtcdV2Error, OSError) as error:
             # What was found until then is worth as much.
             bench.problems.append(f"the run ended early: {error!r}")
     about["load average after"] = machine.load()

@@ -238,10 +238,23 @@ def test_the_tunnel_gets_no_secrets_and_is_not_ended_by_itself(make_lab: MakeLab
     assert [int(mask, 16) for mask in masks] == [0]
 
 
+def descriptors_at_rest(daemon: Flanneld) -> int:
+    """Return how many it has once that changes no more: who keeps the rules starts programs."""
+    daemon.wait_log("Masquerade and forward rules through", PATIENCE)
+    seen: list[int] = []
+
+    def settled() -> bool:
+        seen.append(len(os.listdir(f"/proc/{daemon.pid}/fd")))
+        return len(seen) > 10 and len(set(seen[-10:])) == 1
+
+    eventually(settled, PATIENCE, "as many descriptors for ten looks")
+    return seen[-1]
+
+
 def test_without_free_descriptors_it_waits_for_some(make_lab: MakeLab) -> None:
     lab, (daemon, _) = running(make_lab)
     before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-    open_now = len(os.listdir(f"/proc/{daemon.pid}/fd"))
+    open_now = descriptors_at_rest(daemon)
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (open_now - 3, before[1]))
     os.kill(tunnel_of(daemon), signal.SIGKILL)
     daemon.wait_log(r"The udp tunnel has ended \(cannot be started: Too many open files\)")
