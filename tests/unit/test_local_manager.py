@@ -17,7 +17,7 @@ from flanneld import memory, retry
 from flanneld.errors import ConfigChanged, LeaseLost, Stopped, StoreError, StoreUnavailable
 from flanneld.subnet import acquire, local_manager
 from flanneld.subnet.config import parse_config
-from flanneld.subnet.lease import LEASE_TTL, Lease, LeaseAttrs, subnet_key
+from flanneld.subnet.lease import LEASE_TTL, Lease, LeaseAttrs, parse_subnet_key, subnet_key
 from flanneld.subnet.local_manager import RACES, LocalManager
 from flanneld.subnet.manager import LeaseState
 
@@ -806,6 +806,7 @@ def test_memory_is_given_back_while_the_store_is_away(
 
     def give_back() -> None:
         given.append(len(store.calls))
+        assert parse_subnet_key.cache_info().currsize == 0
         stop.set()
 
     def on_call() -> None:
@@ -815,6 +816,7 @@ def test_memory_is_given_back_while_the_store_is_away(
     monkeypatch.setattr(memory, "give_back", give_back)
     watch = manager.watch_leases(CONFIG, lease, stop)
     assert next(watch) == []
+    parse_subnet_key(KEY)
     store.on_call = on_call
     store.go_down(True)
     assert list(watch) == []

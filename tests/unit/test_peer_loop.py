@@ -62,7 +62,7 @@ class Device:
     def __init__(self) -> None:
         self.trouble = ""
         self.has_underlay = False
-        self.looks = 0
+        self.looks = self.made = 0
         self.index = 7
 
     def is_touched_by(self, event: KernelEvent) -> bool:
@@ -75,6 +75,7 @@ class Device:
         return False
 
     def entries(self, found: Lease) -> tuple[Entry, ...]:
+        self.made += 1
         return peer_entries(found, self.index, 2, lambda _: False)
 
     def territory(self) -> Territory:

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flanneld.retry import LONGEST_PAUSE
 from flanneld.subnet import watch
-from flanneld.subnet.lease import Lease, LeaseAttrs, check_peer, overlap
+from flanneld.subnet.lease import Lease, LeaseAttrs, check_peer, overlap, parse_lease
 from flanneld.subnet.store import Change, Node, Snapshot, StoreEvent
 from flanneld.subnet.watch import (
     HOLD_RESERVATION,
@@ -502,6 +502,56 @@ def test_one_lease_replaces_two_in_turn() -> None:
         added(moved),
     ]
     assert tracker.leases() == [OF_HOST_2, moved]
+
+
+# What a snapshot does not change.
+
+
+def test_an_index_does_not_tell_that_a_key_is_as_it_was() -> None:
+    """A restored store gives it a second time, to another write."""
+    tracker = tracking(ONE)
+    other = replace(ONE, attrs=lease(1, 50, host=7).attrs)
+    assert tracker.snapshot(snap(101, other), 1) == [added(other, ONE)]
+
+
+def test_what_the_store_has_in_place_of_a_held_one_is_not_taken_for_it() -> None:
+    """Both were written at one index; the held one is used until its end, and then the other."""
+    tracker = tracking(ONE)
+    older = replace(ONE, attrs=lease(1, 50, host=7).attrs)
+    for index in (60, 61, 62):
+        assert tracker.snapshot(snap(index, older), 1) == []
+    assert tracker.leases() == [ONE]
+    assert tracker.expire(TTL) == [added(older, ONE)]
+
+
+def test_an_unchanged_lease_ends_what_is_held_of_its_host() -> None:
+    moved = lease(2, 60, host=1)
+    tracker = tracking(ONE, moved)
+    assert tracker.snapshot(snap(70, moved), 1) == [removed(ONE)]
+
+
+def test_the_end_of_an_unchanged_lease_stays_where_it_was() -> None:
+    tracker = tracking(ONE, TWO)
+    # With TWO held, all others are looked at more closely.
+    assert tracker.snapshot(snap(70, replace(ONE, ttl=TTL - 400)), 400) == []
+    assert tracker.snapshot(snap(71, replace(ONE, ttl=TTL - 500)), 500) == []
+    assert tracker.snapshot(snap(2), 501) == []
+    assert sorted(map(str, tracker.expire(TTL))) == sorted(map(str, [removed(ONE), removed(TWO)]))
+
+
+def test_an_unchanged_lease_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = tracking(ONE, TWO)
+    read: list[str] = []
+
+    def counted(name: str, *rest: Any) -> Lease:
+        read.append(name)
+        return parse_lease(name, *rest)
+
+    monkeypatch.setattr(watch, "parse_lease", counted)
+    renewed = replace(TWO, modified_index=101)
+    assert tracker.snapshot(snap(102, ONE, renewed), 1) == []
+    assert read == [TWO.key]
+    assert tracker.leases() == [ONE, renewed]
 
 
 # The work.
