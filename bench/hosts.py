@@ -2,7 +2,7 @@
 
 Each host has a store with its own connections, and the three threads that keep a daemon's lease:
 one follows the other hosts' leases, one watches its own, one renews it. What a backend would do
-with the changes is replaced by a checksum of the peers. `Fleet` is the parent's side of it.
+with the changes is replaced by a checksum of the peers. The parent's side of it is `bench.fleet`.
 
 One thing is made cheaper than it is: the hosts of a process read the same leases, and each is
 parsed once for all of them. What goes over the wire is not changed by it.
@@ -11,7 +11,6 @@ parsed once for all of them. What goes over the wire is not changed by it.
 import contextlib
 import gc
 import logging
-import multiprocessing
 import os
 import resource
 import signal
@@ -25,8 +24,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TypeVar
 
 from flanneld.clock import now
 from flanneld.errors import Stopped, StoreError
@@ -55,8 +53,6 @@ _NICE = 19
 _SWITCH = 0.2
 # Parsed leases kept: each reading has other lifetimes.
 _PARSED = 1 << 16
-# Seconds until a process that does not answer is given up.
-_ANSWER = 120.0
 
 
 def ip_of(number: int) -> IPv4Address:
@@ -339,7 +335,7 @@ class _Worker:
             host.join()
 
 
-def _serve(
+def serve(
     pipe: Connection, endpoints: str, prefix: str, hosts: dict[int, IPv4Network | None]
 ) -> None:
     """The body of a process: do what the parent asks until it says stop, or is gone."""
@@ -381,102 +377,3 @@ def _raise_limit() -> None:
     """Three connections for each host are more than the usual 1024 descriptors."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-class Fleet:
-    """Many hosts in a few processes. A context manager: they end with it."""
-
-    def __init__(
-        self,
-        endpoints: str,
-        prefix: str,
-        count: int,
-        processes: int,
-        previous: dict[int, IPv4Network] | None = None,
-    ) -> None:
-        """``previous``: the subnets that the hosts' subnet files name."""
-        known = previous or {}
-        # spawn: a fork would copy the parent's threads' locks.
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for share in range(processes):
-            hosts = {n: known.get(n) for n in range(share, count, processes)}
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, endpoints, prefix, hosts), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-        self._cpu = 0.0
-        self.tally()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(OSError, EOFError, TimeoutError):
-            self._ask("stop")
-        for process in self._processes:
-            process.join(5.0)
-            process.kill()
-            process.join()
-
-    def start(self) -> float:
-        """All hosts begin at one instant; return it (time.monotonic())."""
-        when = time.monotonic() + 0.5
-        self._ask("open", when)
-        return when
-
-    def renew(self, numbers: Sequence[int]) -> float:
-        """These hosts renew their leases at one instant; return it."""
-        when = time.monotonic() + 0.2
-        self._ask("renew", list(numbers), when)
-        return when
-
-    def states(self) -> list[State]:
-        """How each host is now, by number."""
-        found: list[State] = [state for part in self._ask("states") for state in part]
-        return sorted(found, key=lambda state: state.number)
-
-    def tally(self) -> Tally:
-        """What all have done since the last call."""
-        parts: list[Tally] = self._ask("tally")
-        cpu = sum(part.cpu for part in parts)
-        used, self._cpu = cpu - self._cpu, cpu
-        return Tally(
-            sum((part.calls for part in parts), Counter()),
-            tuple(n for part in parts for n in part.lost),
-            sum((part.logged for part in parts), Counter()),
-            used,
-        )
-
-    def _ask(self, name: str, *arguments: object) -> list[Any]:
-        """Ask every process, then wait for every answer. Raises TimeoutError."""
-        for pipe in self._pipes:
-            pipe.send((name, arguments))
-        answers = []
-        for pipe in self._pipes:
-            if not pipe.poll(_ANSWER):
-                raise TimeoutError(f"a process of the simulation does not answer: {name}")
-            answers.append(pipe.recv())
-        return answers
-
-
-def agreed(states: Sequence[State]) -> int:
-    """How many hosts use exactly the leases that all the others hold."""
-    leases = [(s.subnet, ip_of(s.number)) for s in states if s.subnet is not None]
-    total = checksum(leases)
-    return sum(
-        state.subnet is not None
-        and state.peers == len(leases) - 1
-        and state.sum == total ^ checksum([(state.subnet, ip_of(state.number))])
-        for state in states
-    )

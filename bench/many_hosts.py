@@ -16,12 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TextIO
 
 from bench import etcdload, machine
-from bench.hosts import Fleet, State, Tally, agreed, attrs_of
+from bench.fleet import Fleet, agreed
+from bench.hosts import State, Tally, attrs_of
 from flanneld.subnet.lease import subnet_key
 from lab.etcd import LOOPBACK, Etcd, Member, free_ports
 from lab.etcdv2 import EtcdV2Error
@@ -203,14 +205,19 @@ def rest(bench: Bench, fleet: Fleet) -> None:
     step.add("memory of etcd", max(map(etcdload.memory, bench.members)), "MB")
 
 
+def _know(index: int, states: Sequence[State]) -> bool:
+    """Whether all hosts know what was written after this index."""
+    return all(state.seen > index for state in states)
+
+
 def renew_one_by_one(bench: Bench, fleet: Fleet) -> None:
     """One host after the other renews its lease; each time all are waited for."""
     delays = []
     with bench.step(f"{_SINGLE} renewals, one after the other", fleet) as step:
         for number in range(_SINGLE):
-            index = _index(bench)
+            know = partial(_know, _index(bench))
             began = fleet.renew([number])
-            states = bench.wait(fleet, lambda all_: all(s.seen > index for s in all_))  # noqa: B023
+            states = bench.wait(fleet, know)
             delays.append(max(s.seen_at for s in states) - began)
     _add_times(step, "to the last host that knows", delays)
 

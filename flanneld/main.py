@@ -72,6 +72,7 @@ def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
 
         return clean_up(options)
     memory.keep_little()
+    memory.look_seldom_for_garbage()
     notifier = Notifier(environ)
     try:
         signals.install(notifier.stopping)

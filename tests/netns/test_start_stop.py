@@ -169,6 +169,33 @@ def test_a_signal_while_the_health_servers_name_is_looked_up_ends_the_daemon(
     assert said(daemon)[-1] == "STOPPING=1"
 
 
+# What keeps the rules cannot even be made.
+BROKEN = """
+from flanneld.masquerade import keeper
+
+def make(*_, **__):
+    raise RuntimeError("spoilt")
+
+keeper.make = make
+from flanneld.__main__ import console
+console()
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--ip-masq",)], ids=["later", "at once"])
+def test_a_bug_in_what_keeps_the_rules_ends_the_daemon(
+    make_lab: MakeLab, flags: tuple[str, ...]
+) -> None:
+    """Also where nobody waits for the rules: it must not run on without them in silence."""
+    lab = make_lab(1)
+    put_config(lab)
+    daemon = Flanneld(lab.hosts[0], *flags, program=(sys.executable, "-c", BROKEN)).start()
+    assert daemon.wait_exit(PATIENCE) == 1
+    assert "RuntimeError: spoilt" in daemon.log()
+    assert "this is a bug, please report it" in daemon.log()
+    assert ("READY=1" in said(daemon)) is (not flags)
+
+
 def test_a_signal_to_a_daemon_that_is_stopped_ends_it_when_it_goes_on(make_lab: MakeLab) -> None:
     """Of a process that wakes up the kernel asks any thread to take the signal."""
     lab = make_lab(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import many_hosts
-from bench.hosts import Fleet, agreed
+from bench.fleet import Fleet, agreed
 from bench.many_hosts import WIDE, Bench, Step
 from lab.etcd import Etcd
 

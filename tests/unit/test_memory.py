@@ -1,6 +1,7 @@
 """When free memory is given back, and that a C library without the settings is no error."""
 
 import ctypes
+import gc
 
 import pytest
 
@@ -65,3 +66,15 @@ def test_each_setting_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
     memory.keep_little()
     assert answers == [1, 1, 1]
+
+
+def test_garbage_is_looked_for_less_often_but_it_is() -> None:
+    before = gc.get_threshold()
+    try:
+        memory.look_seldom_for_garbage()
+        often, *rest = gc.get_threshold()
+        assert before[0] < often < 20 * before[0]
+        assert tuple(rest) == before[1:]
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*before)

@@ -219,6 +219,15 @@ def test_two_leases_with_one_mac_share_the_fdb_entry_until_both_are_gone(net: Ru
     net.wait_peers()
 
 
+def test_the_first_peers_entries_are_made_once(net: Running) -> None:
+    """With 10,000 peers that is a part of the start that can be seen."""
+    first, second = lease(1, "02:00:00:00:00:0a"), lease(2, "02:00:00:00:00:0b")
+    net.batch(added(first), added(second))
+    assert net.ready.wait(5)
+    assert net.device.made == 2
+    net.wait_peers(first, second)
+
+
 def test_they_may_come_and_go_in_one_batch_in_any_order(net: Running) -> None:
     a, b = lease(1), lease(2, index=2)
     net.batch(added(a))

@@ -1,4 +1,4 @@
-"""Rules that nobody waits for come after the first peers, and their failure is the daemon's."""
+"""Rules that nobody waits for come after the first peers."""
 
 import threading
 from typing import Any
