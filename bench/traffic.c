@@ -1,7 +1,7 @@
 /* Traffic for the benchmark, made cheap so that the tunnel is what is measured.
  *
  *     traffic tcp-sink PORT                          prints a line of totals per second
- *     traffic tcp-source ADDRESS PORT STREAMS SECONDS
+ *     traffic tcp-source ADDRESS PORT STREAMS CONGESTION SECONDS
  *     traffic udp-sink PORT
  *     traffic udp-source ADDRESS PORT SIZE SECONDS
  *     traffic udp-echo PORT / traffic ping ADDRESS PORT COUNT    median round trip in microseconds
@@ -13,6 +13,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -119,7 +120,8 @@ static int sink(int type, const char *port)
 	}
 }
 
-static int tcp_source(const char *address, const char *port, int streams, double seconds)
+static int tcp_source(const char *address, const char *port, int streams, const char *congestion,
+		      double seconds)
 {
 	struct sockaddr_in to = target(address, port);
 	struct pollfd fds[MAX_STREAMS];
@@ -128,6 +130,11 @@ static int tcp_source(const char *address, const char *port, int streams, double
 	for (int i = 0; i < streams; i++) {
 		fds[i].fd = socket(AF_INET, SOCK_STREAM, 0);
 		fds[i].events = POLLOUT;
+		if (setsockopt(fds[i].fd, IPPROTO_TCP, TCP_CONGESTION, congestion,
+			       strlen(congestion)) < 0) {
+			perror(congestion);
+			return 1;
+		}
 		if (connect(fds[i].fd, (struct sockaddr *)&to, sizeof(to)) < 0) {
 			perror("connect");
 			return 1;
@@ -219,8 +226,8 @@ int main(int argc, char **argv)
 		return sink(SOCK_DGRAM, argv[2]);
 	if (!strcmp(mode, "udp-echo"))
 		return echo(argv[2]);
-	if (!strcmp(mode, "tcp-source") && argc == 6)
-		return tcp_source(argv[2], argv[3], atoi(argv[4]), atof(argv[5]));
+	if (!strcmp(mode, "tcp-source") && argc == 7)
+		return tcp_source(argv[2], argv[3], atoi(argv[4]), argv[5], atof(argv[6]));
 	if (!strcmp(mode, "udp-source") && argc == 6)
 		return udp_source(argv[2], argv[3], atoi(argv[4]), atof(argv[5]));
 	if (!strcmp(mode, "ping") && argc == 5)

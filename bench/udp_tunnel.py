@@ -23,6 +23,8 @@ from lab import Lab, needs
 from lab.process import end
 
 PORT = 5001
+# Of TCP: what Linux comes with, whatever this machine has been set to.
+CONGESTION = "cubic"
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,13 @@ class Load:
 class Bench:
     """One run."""
 
-    def __init__(self, lab: Lab, traffic: Path, seconds: float) -> None:
+    def __init__(
+        self, lab: Lab, traffic: Path, seconds: float, congestion: str = CONGESTION
+    ) -> None:
         self.lab = lab
         self.traffic = str(traffic)
         self.seconds = seconds
+        self.congestion = congestion
         self.port = PORT
 
     def _sink(self, where: Ends, side: int, kind: str) -> tuple[subprocess.Popen[bytes], Path]:
@@ -106,7 +111,7 @@ def _rate(output: Path, seconds: float) -> float:
 
 
 def _mbit(sides: Sequence[int], streams: int) -> Callable[[Bench, Pair], float]:
-    return lambda b, pair: b.flow(pair, "tcp", sides, str(streams)) * 8 / 1e6
+    return lambda b, pair: b.flow(pair, "tcp", sides, str(streams), b.congestion) * 8 / 1e6
 
 
 def _packets(size: int) -> Callable[[Bench, Pair], float]:
@@ -205,6 +210,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.5, help="per measurement")
     parser.add_argument("--only", default="", help="loads whose name contains this")
     parser.add_argument("--pairs", default="", help="comma separated; c is always measured")
+    parser.add_argument("--congestion", default=CONGESTION, help="congestion control of TCP")
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args()
     packages = {name: needs.PACKAGES[name] for name in ("ip", "nsenter")} | {"gcc": "gcc"}
@@ -222,7 +228,7 @@ def main() -> int:
     with Lab(0, etcd=False) as lab, ExitStack():
         traffic, proxy = build(lab.directory)
         pairs = {name: make_pair(lab, name, proxy) for name in KINDS if name in names}
-        bench = Bench(lab, traffic, options.seconds)
+        bench = Bench(lab, traffic, options.seconds, options.congestion)
         memory: dict[str, object] = {}
         if "ours" in pairs:
             pids = pairs["ours"].pids

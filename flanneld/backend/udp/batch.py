@@ -41,29 +41,28 @@ class Batch:
     """Received packets of one size in memory, with all views of it made beforehand.
 
     ``memory`` begins with the first packet, whose address is even if ``size`` is; there are
-    ``count`` of them, at most ROWS, ``stride`` bytes apart. The same object serves all batches of
+    ``count`` of them, at most ROWS, one after the other. The same object serves all batches of
     this shape in the same place. ``scratch``, of ``count * (size + 1)`` bytes or more at an even
     address, may be shared with other batches: nothing is kept there.
     """
 
-    def __init__(self, memory: Bytes, count: int, size: int, stride: int, scratch: Bytes) -> None:
+    def __init__(self, memory: Bytes, count: int, size: int, scratch: Bytes) -> None:
         self.count = count
         self.size = size
-        self.rows = memory[: count * stride].reshape(count, stride)
+        self.rows = memory[: count * size].reshape(count, size)
         self.fresh = True
         """New packets have come since the sums were computed."""
         self._view = memory.data
-        self._stride = stride
         # An odd last byte is summed with a zero beside it, of which packets in a row have none.
         self._padded = None
         if size & 1:
             self._padded = scratch[: count * (size + 1)].reshape(count, size + 1)
-        source = self.rows[:, :size] if self._padded is None else self._padded
+        source = self.rows if self._padded is None else self._padded
         self._pairs = source.view(np.uint16)
         whole = self.rows[:, :HEAD]
         # Headers are looked at where they are, or in a copy if that is at odd places.
         self._copied = (
-            stride % 8 != 0 or size < HEAD or memory.__array_interface__["data"][0] % 8 != 0
+            size % 8 != 0 or size < HEAD or memory.__array_interface__["data"][0] % 8 != 0
         )
         if self._copied:
             whole = np.zeros((count, HEAD), np.uint8)
@@ -89,12 +88,12 @@ class Batch:
 
     def packet(self, row: int) -> memoryview:
         """Return a packet."""
-        at = row * self._stride
+        at = row * self.size
         return self._view[at : at + self.size]
 
     def head(self, row: int) -> bytes:
         """Return the beginning of a packet."""
-        at = row * self._stride
+        at = row * self.size
         return self._view[at : at + min(HEAD, self.size)].tobytes()
 
     def payloads(self, at: int, end: int, header: int) -> Bytes:
@@ -133,7 +132,7 @@ class Batch:
                 end = int(later[0]) + 1
         # The mask leaves PSH to be looked at here.
         if protocol == TCP and end - at > 1:
-            stride = self._stride
+            stride = self.size
             flags = self._view[at * stride + 33 : (end - 1) * stride : stride].tobytes()
             pushed = flags.find(ACK | PSH)
             if pushed >= 0:

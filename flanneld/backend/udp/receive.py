@@ -26,15 +26,17 @@ from flanneld.backend.udp.packet import (
 from flanneld.backend.udp.peers import RouteTable
 from flanneld.backend.udp.tun import UDP_GRO
 
-SLOTS = 64
 # Shapes of batches remembered.
 _BATCHES = 64
 # Senders remembered.
 _SENDERS = 4096
 # An IP and a UDP header, and anything in it.
 _LEAST = 29
-# More batches in a row would let the TUN device's queue run over.
-_BATCHES_IN_A_TURN = 8
+# The most calls in a turn: what comes as a batch counts for eight. More would let the TUN device's
+# queue run over.
+_BUDGET, _BATCH_COST = 64, 8
+# Bytes of packets that are taken in one go, and another call's.
+_ROOM = 2 * LONGEST_PACKET
 _SIZE = struct.Struct("=i")
 _CONTROL_BYTES = socket.CMSG_SPACE(_SIZE.size)
 
@@ -73,16 +75,15 @@ class Receiver:
         self._coalescer = Coalescer(self._write, expired, counters)
         self._coalescer.tcp = join_tcp
         self._coalescer.udp = join_udp
-        self._stride = min(16384, (mtu + 64) // 64 * 64)
-        self._arena = bytearray(SLOTS * self._stride + LONGEST_PACKET + 1)
+        self._arena = bytearray(_ROOM + LONGEST_PACKET + 1)
         self._view = memoryview(self._arena)
         self._array = np.frombuffer(self._arena, np.uint8)
         # A byte more for each packet. One for all batches: with one for each, peers that send many
         # odd sizes would take 4 MB.
         self._scratch = np.empty(len(self._arena) + ROWS, np.uint8)
-        self._slots = [[self._view[slot * self._stride :]] for slot in range(SLOTS)]
+        self._whole = [self._view]
         self._admits: dict[str, Admit] = {}
-        self._batches: dict[tuple[int, int, int, int], Batch] = {}
+        self._batches: dict[tuple[int, int, int], Batch] = {}
 
     def one(self) -> None:
         """Receive one packet and write it at once; what came together with it is written too.
@@ -90,7 +91,7 @@ class Receiver:
         Raises OSError when the TUN device is gone.
         """
         try:
-            length, control, _, address = self._udp.recvmsg_into(self._slots[0], _CONTROL_BYTES)
+            length, control, _, address = self._udp.recvmsg_into(self._whole, _CONTROL_BYTES)
         except OSError:
             # Nothing there, or about something sent earlier.
             return
@@ -103,7 +104,10 @@ class Receiver:
             # Whoever waits for it should not wait for us to look for more to join it with.
             self._coalescer.add(self._view[:length], admit, join=False)
         else:
-            self._take_batch(0, length, batch, admit)
+            full = length // batch
+            self._take(full, batch, admit)
+            if full * batch < length:
+                self._coalescer.add(self._view[full * batch : length], admit)
         counters = self._counters
         counters.udp_receive_calls += 1
         counters.udp_received_packets += packets
@@ -114,47 +118,58 @@ class Receiver:
 
         Raises OSError when the TUN device is gone.
         """
-        receive, slots, stride = self._udp.recvmsg_into, self._slots, self._stride
-        # Slots from first up to count hold packets of one size from one sender.
-        first = count = size = batches = received = packets_in = bytes_in = 0
+        receive, view, counters = self._udp.recvmsg_into, self._view, self._counters
+        # At the arena's beginning there are ``rows`` packets of ``size`` bytes from one sender,
+        # ``end`` bytes in all: what several calls bring is taken in one go.
+        rows = size = end = received = packets_in = bytes_in = 0
         sender = ""
         admit: Admit | None = None
         more = True
-        while count < SLOTS and batches < _BATCHES_IN_A_TURN:
+        budget = _BUDGET
+        while budget > 0:
             try:
-                length, control, _, address = receive(slots[count], _CONTROL_BYTES)
+                length, control, _, address = receive([view[end:]], _CONTROL_BYTES)
             except BlockingIOError:
                 more = False
                 break
             except OSError:
                 # About something sent earlier, or no memory: reading it has cleared it.
-                batches += 1
+                budget -= _BATCH_COST
                 continue
-            batch = _size_of_each(control) if control else 0
-            alone = 0 < batch < length or length >= stride
-            if first < count and (alone or length != size or address[0] != sender):
-                self._take(first * stride, count - first, size=size, stride=stride, admit=admit)
-                first = count
-            if address[0] != sender:
-                sender = address[0]
-                admit = self._admit(sender)
-            packets = -(-length // batch) if 0 < batch < length else 1
+            each = _size_of_each(control) if control else 0
+            if 0 < each < length:
+                packets = -(-length // each)
+                budget -= _BATCH_COST
+            else:
+                each, packets = length, 1
+                budget -= 1
             received += 1
             packets_in += packets
             bytes_in += length
+            if each != size or address[0] != sender:
+                self._take(rows, size, admit)
+                if end:
+                    view[:length] = view[end : end + length]
+                rows, size, end = 0, each, 0
+                if address[0] != sender:
+                    sender = address[0]
+                    admit = self._admit(sender)
             if admit is None:
-                self._counters.drop_unknown_peer += packets
+                counters.drop_unknown_peer += packets
                 # So that a flood of these cannot keep us from the other side.
-                batches += 1
-            elif alone:
-                batches += 1
-                self._take_batch(count * stride, length, batch or length, admit)
-                first = count = 0
-            else:
-                size, count = length, count + 1
-        if first < count:
-            self._take(first * stride, count - first, size=size, stride=stride, admit=admit)
-        counters = self._counters
+                budget -= _BATCH_COST
+                continue
+            full = length // each if each else 0
+            rows += full
+            rest = end + full * each
+            end += length
+            if rest < end or end > _ROOM or not each:
+                # The shorter last one of several.
+                self._take(rows, size, admit)
+                if rest < end or not each:
+                    self._coalescer.add(view[rest:end], admit)
+                rows = end = 0
+        self._take(rows, size, admit)
         counters.udp_receive_calls += received
         counters.udp_received_packets += packets_in
         counters.udp_received_bytes += bytes_in
@@ -177,28 +192,22 @@ class Receiver:
             admit = self._admits[sender] = _of_sender(self._routes, sender)
         return admit
 
-    def _take_batch(self, at: int, length: int, size: int, admit: Admit) -> None:
-        """Take what one call received: packets of one size, the last may be shorter."""
-        full = length // size
-        self._take(at, full, size=size, stride=size, admit=admit)
-        if full * size < length:
-            self._coalescer.add(self._view[at + full * size : at + length], admit)
-
-    def _take(self, at: int, count: int, *, size: int, stride: int, admit: Admit | None) -> None:
-        """Take packets of one size, ``stride`` bytes apart."""
-        if count <= 0 or admit is None:
+    def _take(self, rows: int, size: int, admit: Admit | None) -> None:
+        """Take packets of one size from the arena's beginning."""
+        if not rows or admit is None:
             return
-        if count < FEW or size < _LEAST:
-            for begin in range(at, at + count * stride, stride):
-                self._coalescer.add(self._view[begin : begin + size], admit)
+        if rows < FEW or size < _LEAST:
+            for at in range(0, rows * size, size):
+                self._coalescer.add(self._view[at : at + size], admit)
             return
-        for first in range(0, count, ROWS):
-            key = (at + first * stride, min(ROWS, count - first), size, stride)
+        for first in range(0, rows, ROWS):
+            key = (first, min(ROWS, rows - first), size)
             batch = self._batches.get(key)
             if batch is None:
                 if len(self._batches) >= _BATCHES:
                     del self._batches[next(iter(self._batches))]
-                batch = Batch(self._array[key[0] :], *key[1:], scratch=self._scratch)
+                memory = self._array[first * size :]
+                batch = Batch(memory, key[1], size, self._scratch)
                 self._batches[key] = batch
             self._coalescer.add_rows(batch, admit)
 
