@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from flanneld.backend.udp.packet import ACK, IP_HEADER, PSH, TCP, UDP, pseudo
+from flanneld.backend.udp.packet import ACK, IP_HEADER, PSH, TCP, UDP, pseudo, words
 from flanneld.backend.udp.segment import Bytes
 
 # The most packets in a `Batch`.
@@ -14,6 +14,7 @@ FEW = 4
 HEAD = 80
 
 _MODULUS = np.uint32(65535)
+_sum = np.add.reduce
 _NOWHERE = np.zeros(0, np.intp)
 
 
@@ -69,7 +70,9 @@ class Batch:
         width = min(HEAD, size)
         self._width_rows, self._width_head = self.rows[:, :width], whole[:, :width]
         self._words = whole.view(np.uint64)
-        self._ip_pairs = whole[:, :IP_HEADER].view(np.uint16)
+        self._ids, self._ip_checksums = (
+            whole[:, at : at + 2].view(np.uint16)[:, 0] for at in (4, 10)
+        )
         self._sequences = whole[:, 24:28].view(np.uint32)[:, 0]
         self._udp_checksums = whole[:, 26:28].view(np.uint16)[:, 0]
         self._numbers = np.arange(count, dtype=np.uint32)
@@ -78,7 +81,8 @@ class Batch:
         self._same_words = np.frombuffer(self._same, np.uint64).reshape(count, HEAD // 8)
         self._sums = np.zeros((2, count), np.uint32)
         self._extra = np.zeros((2, 1), np.uint32)
-        # Nonzero where a sum or a sequence number is.
+        self._flags = self._view[33 : count * size : size]
+        # Nonzero where a sum or a sequence number is wrong.
         self._wrong = np.zeros((3, count), np.uint32)
         self._step = 0
         self._multiples = self._numbers
@@ -132,34 +136,39 @@ class Batch:
                 end = int(later[0]) + 1
         # The mask leaves PSH to be looked at here.
         if protocol == TCP and end - at > 1:
-            stride = self.size
-            flags = self._view[at * stride + 33 : (end - 1) * stride : stride].tobytes()
-            pushed = flags.find(ACK | PSH)
+            pushed = self._flags[at : end - 1].tobytes().find(ACK | PSH)
             if pushed >= 0:
                 end = at + 1 + pushed
         return end
 
     def is_intact(self, at: int, end: int, first: bytes, header: int) -> bool:
-        """Return whether all checksums are right and the sequence numbers follow each other."""
+        """Return whether all checksums are right and the sequence numbers follow each other.
+
+        The packets are some that `run` found to be alike; ``first`` is the first one's beginning.
+        """
         if not self._summed:
             self._summed = True
             if self._padded is not None:
-                self._padded[:, : self.size] = self.rows[:, : self.size]
+                self._padded[:, : self.size] = self.rows
                 self._padded[:, self.size] = 0
-            np.add.reduce(self._pairs, axis=1, dtype=np.uint32, out=self._sums[0])
-            np.add.reduce(self._ip_pairs, axis=1, dtype=np.uint32, out=self._sums[1])
-        # The IP header's own sum is zero, so the row's is that of what follows it.
-        self._extra[0, 0] = pseudo(first[12:20], first[9], self.size - IP_HEADER)
-        sums, wrong, sequences = self._sums, self._wrong, self._sequences
+            _sum(self._pairs, 1, np.uint32, self._sums[0])
+            np.add(self._ids, self._ip_checksums, out=self._sums[1], dtype=np.uint32)
+        sums, wrong, sequences, extra = self._sums, self._wrong, self._sequences, self._extra
         if end - at < self.count:
             sums, wrong = sums[:, at:end], wrong[:, at:end]
             sequences = sequences[at:end]
-        np.add(sums, self._extra, out=wrong[:2])
-        np.remainder(wrong[:2], _MODULUS, out=wrong[:2])
-        if first[9] == TCP:
-            begin = int.from_bytes(first[24:28], "big")
-            expected = self._steps(size=self.size - header)[: end - at] + np.uint32(begin)
-            np.bitwise_xor(expected.byteswap(inplace=True), sequences, out=wrong[2])
+        # The IP header's own sum is zero, so the row's is that of what follows it.
+        tcp = first[9] == TCP
+        extra[0, 0] = pseudo(first[12:20], first[9], self.size - IP_HEADER)
+        # Of the IP header what is equal in all of them.
+        extra[1, 0] = words(first[:4] + first[6:10] + first[12:20])
+        np.add(sums, extra, wrong[:2])
+        np.remainder(wrong[:2], _MODULUS, wrong[:2])
+        if tcp:
+            expected = self._steps(size=self.size - header)[: end - at] + np.uint32(
+                int.from_bytes(first[24:28], "big")
+            )
+            np.bitwise_xor(expected.byteswap(True), sequences, wrong[2])
             return not np.count_nonzero(wrong)
         # A UDP checksum of 0 means that there is none.
         summed = np.count_nonzero(self._udp_checksums[at:end])

@@ -7,6 +7,7 @@ flags ACK or ACK and PSH, equal headers, consecutive sequence numbers, all check
 super-packet goes to the kernel without checksum; joining a damaged packet would heal it.)
 """
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -31,14 +32,17 @@ from flanneld.backend.udp.packet import (
     VNET_LEN,
     VNET_PLAIN,
     Buffer,
+    checksum,
     decrement_ttl,
     pseudo,
-    set_ip_checksum,
+    swapped,
     words,
 )
 
 # UDP_MAX_SEGMENTS of kernels before 6.9 (linux/udp.h).
 _UDP_SEGMENTS = 64
+
+_BIG = struct.Struct("!H")
 
 # Writes one frame: a virtio header and a packet, in pieces. The second argument is the number of
 # packets in it.
@@ -74,6 +78,8 @@ class Coalescer:
         self._count = 0
         self._fill = 0
         self._sequence = 0
+        # Of its IP header and its pseudo header, without what is known only in the end.
+        self._sums = (0, 0)
 
     def add(self, packet: memoryview, admit: Admit, *, join: bool = True) -> None:
         """Take one packet; it is changed in place. Anything may be in it.
@@ -138,25 +144,24 @@ class Coalescer:
         if not count:
             return
         self._count = self._key = 0
-        packet, fill = self._packet, self._fill
+        buffer, fill, header = self._buffer, self._fill, self._header
         if count == 1:
-            self._buffer[:VNET_LEN] = VNET_PLAIN
-            self._write((self._view[: VNET_LEN + fill],), 1)
-            return
-        tcp = self._tcp_pending
-        packet[2:4] = fill.to_bytes(2, "big")
-        set_ip_checksum(packet, IP_HEADER)
-        length = fill - IP_HEADER
-        total = pseudo(packet[12:20], TCP if tcp else UDP, length).to_bytes(2, "little")
-        if tcp:
-            packet[36:38] = total
-            kind, offset = GSO_TCPV4, TCP_CSUM
+            buffer[:VNET_LEN] = VNET_PLAIN
+            decrement_ttl(self._packet)
         else:
-            packet[24:26] = length.to_bytes(2, "big")
-            packet[26:28] = total
-            kind, offset = GSO_UDP_L4, UDP_CSUM
-        gso = self._size - self._header
-        VNET.pack_into(self._buffer, 0, NEEDS_CSUM, kind, self._header, gso, IP_HEADER, offset)
+            length = fill - IP_HEADER
+            tcp = self._tcp_pending
+            kind, offset = (GSO_TCPV4, TCP_CSUM) if tcp else (GSO_UDP_L4, UDP_CSUM)
+            gso = self._size - header
+            VNET.pack_into(buffer, 0, NEEDS_CSUM, kind, header, gso, IP_HEADER, offset)
+            ip, total = self._sums
+            _BIG.pack_into(buffer, VNET_LEN + 2, fill)
+            buffer[VNET_LEN + 8] -= 1
+            buffer[VNET_LEN + 10 : VNET_LEN + 12] = checksum(ip + swapped(fill))
+            if not tcp:
+                _BIG.pack_into(buffer, VNET_LEN + IP_HEADER + 4, length)
+            at = VNET_LEN + IP_HEADER + offset
+            _BIG.pack_into(buffer, at, swapped((total + swapped(length)) % 65535))
         self._write((self._view[: VNET_LEN + fill],), count)
 
     def _joinable(self, head: bytes, length: int) -> int:
@@ -257,13 +262,16 @@ class Coalescer:
 
     def _begin(self, head: bytes, key: int, header: int, each: int) -> None:
         """Begin a super-packet with the headers of a packet and no payload yet."""
-        self.flush()
-        packet = self._packet
-        packet[:header] = head[:header]
-        decrement_ttl(packet)
+        if self._count:
+            self.flush()
+        self._packet[:header] = head[:header]
         self._key, self._header, self._size = key, header, header + each
         self._fill = header
-        self._tcp_pending = head[9] == TCP
+        addresses, protocol = words(head[12:20]), head[9]
+        # Without the length, and with one hop less. Of the pseudo header, too, without the length.
+        fixed = head[0] + (head[1] << 8) + words(head[4:10]) - 1
+        self._sums = fixed + addresses, addresses + (protocol << 8)
+        self._tcp_pending = protocol == TCP
         if self._tcp_pending:
             self._sequence = int.from_bytes(head[24:28], "big")
 
