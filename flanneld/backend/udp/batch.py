@@ -1,21 +1,23 @@
 """Received packets of one size, looked at all at once."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from flanneld.backend.udp.packet import ACK, IP_HEADER, PSH, TCP, UDP, pseudo, words
+from flanneld.backend.udp.packet import ACK, IP_HEADER, PSH, TCP, UDP, pseudo, swapped, words
 from flanneld.backend.udp.segment import Bytes
 
 # The most packets in a `Batch`.
-ROWS = 128
+ROWS = 320
 # Below this many packets numpy's fixed cost is more than a loop's.
 FEW = 4
 # The part of the headers that is compared: IP and TCP with all options.
 HEAD = 80
 
 _MODULUS = np.uint32(65535)
+_NUMBERS = np.arange(ROWS, dtype=np.uint32)
 _sum = np.add.reduce
-_NOWHERE = np.zeros(0, np.intp)
 
 
 def _mask(protocol: int, header: int) -> Bytes:
@@ -38,56 +40,59 @@ _MASKS = {
 }
 
 
+class Scratch:
+    """What all batches of a receiver compute in; nothing is kept there.
+
+    ``size`` is that of the memory the packets are in.
+    """
+
+    def __init__(self, size: int) -> None:
+        # A byte more for each packet.
+        self.padded = np.empty(size + ROWS, np.uint8)
+        self.same = np.empty(ROWS * HEAD // 8, np.uint64)
+        self.heads = np.zeros(ROWS * HEAD, np.uint8)
+        self.sums = np.empty(2 * ROWS, np.uint32)
+
+
 class Batch:
     """Received packets of one size in memory, with all views of it made beforehand.
 
     ``memory`` begins with the first packet, whose address is even if ``size`` is; there are
     ``count`` of them, at most ROWS, one after the other. The same object serves all batches of
-    this shape in the same place. ``scratch``, of ``count * (size + 1)`` bytes or more at an even
-    address, may be shared with other batches: nothing is kept there.
+    this shape in the same place.
     """
 
-    def __init__(self, memory: Bytes, count: int, size: int, scratch: Bytes) -> None:
+    def __init__(self, memory: Bytes, count: int, size: int, scratch: Scratch) -> None:
         self.count = count
         self.size = size
-        self.rows = memory[: count * size].reshape(count, size)
-        self.fresh = True
-        """New packets have come since the sums were computed."""
         self._view = memory.data
+        self._rows = memory[: count * size].reshape(count, size)
         # An odd last byte is summed with a zero beside it, of which packets in a row have none.
         self._padded = None
         if size & 1:
-            self._padded = scratch[: count * (size + 1)].reshape(count, size + 1)
-        source = self.rows if self._padded is None else self._padded
+            self._padded = scratch.padded[: count * (size + 1)].reshape(count, size + 1)
+        source = self._rows if self._padded is None else self._padded
         self._pairs = source.view(np.uint16)
-        whole = self.rows[:, :HEAD]
+        whole = self._rows[:, :HEAD]
         # Headers are looked at where they are, or in a copy if that is at odd places.
         self._copied = (
             size % 8 != 0 or size < HEAD or memory.__array_interface__["data"][0] % 8 != 0
         )
         if self._copied:
-            whole = np.zeros((count, HEAD), np.uint8)
+            whole = scratch.heads[: count * HEAD].reshape(count, HEAD)
         width = min(HEAD, size)
-        self._width_rows, self._width_head = self.rows[:, :width], whole[:, :width]
+        self._width_rows, self._width_head = self._rows[:, :width], whole[:, :width]
         self._words = whole.view(np.uint64)
-        self._ids, self._ip_checksums = (
-            whole[:, at : at + 2].view(np.uint16)[:, 0] for at in (4, 10)
-        )
+        self._ip_pairs = whole[:, :IP_HEADER].view(np.uint16)
+        self._ids, self._ip_checksums = self._ip_pairs[:, 2], self._ip_pairs[:, 5]
         self._sequences = whole[:, 24:28].view(np.uint32)[:, 0]
         self._udp_checksums = whole[:, 26:28].view(np.uint16)[:, 0]
-        self._numbers = np.arange(count, dtype=np.uint32)
+        self._flags = self._view[33 : (count - 1) * size : size]
         # The headers without what may differ.
-        self._same = bytearray(count * HEAD)
-        self._same_words = np.frombuffer(self._same, np.uint64).reshape(count, HEAD // 8)
-        self._sums = np.zeros((2, count), np.uint32)
-        self._extra = np.zeros((2, 1), np.uint32)
-        self._flags = self._view[33 : count * size : size]
-        # Nonzero where a sum or a sequence number is wrong.
-        self._wrong = np.zeros((3, count), np.uint32)
-        self._step = 0
-        self._multiples = self._numbers
-        self._different: dict[int, NDArray[np.intp]] = {}
-        self._summed = False
+        self._same = scratch.same[: count * HEAD // 8].reshape(count, HEAD // 8)
+        # Of packets, of IP headers.
+        self._sums = scratch.sums[: 2 * count].reshape(2, count)
+        self._packet_sums, self._ip_sums = self._sums
         self._payloads: dict[int, Bytes] = {}
 
     def packet(self, row: int) -> memoryview:
@@ -100,83 +105,93 @@ class Batch:
         at = row * self.size
         return self._view[at : at + min(HEAD, self.size)].tobytes()
 
+    def flags(self, row: int) -> int:
+        """Return the flags of a packet of TCP."""
+        return self._view[row * self.size + 33]
+
     def payloads(self, at: int, end: int, header: int) -> Bytes:
         """Return what follows the headers in some packets."""
-        if end - at < self.count:
-            return self.rows[at:end, header : self.size]
         # A view costs more than finding it again.
         found = self._payloads.get(header)
         if found is None:
-            found = self._payloads[header] = self.rows[:, header : self.size]
-        return found
+            found = self._payloads[header] = self._rows[:, header:]
+        return found if end - at == self.count else found[at:end]
 
-    def run(self, at: int, protocol: int, header: int) -> int:
-        """Return the end of the packets from ``at`` on whose headers are like its own.
+    def ends(self, at: int, protocol: int, header: int) -> list[int]:
+        """Look at the packets anew; return where runs of like ones end, from packet ``at`` on.
 
-        In TCP the last one may have PSH and the others not.
+        Alike are packets with equal headers, but for what differs from packet to packet, and in TCP
+        with consecutive sequence numbers; the last of a run may have PSH and the others not. It is
+        said of packets with this protocol and length of headers; of others only that they are not
+        in a run with these.
         """
-        if self.fresh:
-            self.fresh = self._summed = False
-            self._different.clear()
-            if self._copied:
-                self._width_head[...] = self._width_rows
-        kind = header if protocol == TCP else 0
-        where = self._different.get(kind)
-        if where is None:
-            same, words = self._same, self._same_words
-            np.bitwise_and(self._words, _MASKS[protocol, header], out=words)
-            where = _NOWHERE
-            if same[:HEAD] * self.count != same:
-                where = np.flatnonzero((words[1:] != words[:-1]).any(axis=1))
-            self._different[kind] = where
-        end = self.count
-        if len(where):
-            later = where[int(where.searchsorted(at)) :]
-            if len(later):
-                end = int(later[0]) + 1
-        # The mask leaves PSH to be looked at here.
-        if protocol == TCP and end - at > 1:
-            pushed = self._flags[at : end - 1].tobytes().find(ACK | PSH)
-            if pushed >= 0:
-                end = at + 1 + pushed
-        return end
+        if self._copied:
+            self._width_head[...] = self._width_rows
+        count, same = self.count, self._same
+        np.bitwise_and(self._words, _MASKS[protocol, header], same)
+        ends = [count]
+        raw = same.tobytes()
+        if raw[:HEAD] * count != raw:
+            ends += _changes((same[1:] != same[:-1]).any(axis=1))
+        if protocol == TCP:
+            starts = self._sequences.byteswap()
+            starts -= _NUMBERS[:count] * np.uint32(self.size - header)
+            raw = starts.tobytes()
+            if raw[:4] * count != raw:
+                ends += _changes(starts[1:] != starts[:-1])
+            # The mask leaves PSH to be looked at here.
+            flags = self._flags.tobytes()
+            pushed = flags.find(ACK | PSH)
+            while pushed >= 0:
+                ends.append(pushed + 1)
+                pushed = flags.find(ACK | PSH, pushed + 1)
+        if len(ends) == 1:
+            return ends
+        return sorted(end for end in set(ends) if end > at)
 
-    def is_intact(self, at: int, end: int, first: bytes, header: int) -> bool:
-        """Return whether all checksums are right and the sequence numbers follow each other.
+    def damaged(self, heads: Sequence[bytes]) -> list[int]:
+        """Return which packets have a wrong checksum, or one of UDP that is not there.
 
-        The packets are some that `run` found to be alike; ``first`` is the first one's beginning.
+        ``heads`` are the beginnings of all `runs <ends>`. Packets that cannot be joined may be
+        among the damaged or not.
         """
-        if not self._summed:
-            self._summed = True
-            if self._padded is not None:
-                self._padded[:, : self.size] = self.rows
-                self._padded[:, self.size] = 0
-            _sum(self._pairs, 1, np.uint32, self._sums[0])
-            np.add(self._ids, self._ip_checksums, out=self._sums[1], dtype=np.uint32)
-        sums, wrong, sequences, extra = self._sums, self._wrong, self._sequences, self._extra
-        if end - at < self.count:
-            sums, wrong = sums[:, at:end], wrong[:, at:end]
-            sequences = sequences[at:end]
-        # The IP header's own sum is zero, so the row's is that of what follows it.
-        tcp = first[9] == TCP
-        extra[0, 0] = pseudo(first[12:20], first[9], self.size - IP_HEADER)
-        # Of the IP header what is equal in all of them.
-        extra[1, 0] = words(first[:4] + first[6:10] + first[12:20])
-        np.add(sums, extra, wrong[:2])
-        np.remainder(wrong[:2], _MODULUS, wrong[:2])
-        if tcp:
-            expected = self._steps(size=self.size - header)[: end - at] + np.uint32(
-                int.from_bytes(first[24:28], "big")
-            )
-            np.bitwise_xor(expected.byteswap(True), sequences, wrong[2])
-            return not np.count_nonzero(wrong)
-        # A UDP checksum of 0 means that there is none.
-        summed = np.count_nonzero(self._udp_checksums[at:end])
-        return not np.count_nonzero(wrong[:2]) and summed == end - at
+        if self._padded is not None:
+            self._padded[:, : self.size] = self._rows
+            self._padded[:, self.size] = 0
+        _sum(self._pairs, 1, np.uint32, self._packet_sums)
+        first = heads[0]
+        fixed, addresses = first[:4] + first[6:10], first[12:20]
+        if len(heads) > 1 and any(
+            head[12:20] != addresses or head[:4] + head[6:10] != fixed for head in heads
+        ):
+            return self._damaged_of_many()
+        sums = self._sums
+        np.add(self._ids, self._ip_checksums, out=self._ip_sums, dtype=np.uint32)
+        # A right IP header adds nothing to its packet's sum.
+        self._packet_sums += np.uint32(pseudo(addresses, first[9], self.size - IP_HEADER))
+        self._ip_sums += np.uint32(words(fixed + addresses))
+        np.remainder(sums, _MODULUS, sums)
+        if np.count_nonzero(sums):
+            return np.flatnonzero(sums.any(axis=0)).tolist()
+        if first[9] == UDP and np.count_nonzero(self._udp_checksums) < self.count:
+            return np.flatnonzero(self._udp_checksums == 0).tolist()
+        return []
 
-    def _steps(self, size: int) -> NDArray[np.uint32]:
-        """Return multiples of the payload's size, which is what sequence numbers grow by."""
-        if size != self._step:
-            self._step = size
-            self._multiples = self._numbers * np.uint32(size)
-        return self._multiples
+    def _damaged_of_many(self) -> list[int]:
+        """The same for packets with several addresses or protocols; `_packet_sums` are done."""
+        pairs, sums = self._ip_pairs, self._packet_sums
+        _sum(pairs, 1, np.uint32, self._ip_sums)
+        sums += _sum(pairs[:, 6:10], 1, np.uint32)
+        # In a little-endian sum the protocol counts 256 times, as it stands there beside the TTL.
+        sums += pairs[:, 4] & np.uint16(0xFF00)
+        sums += np.uint32(swapped(self.size - IP_HEADER))
+        np.remainder(self._sums, _MODULUS, self._sums)
+        wrong = self._sums.any(axis=0)
+        wrong |= (pairs[:, 4] >> 8 == UDP) & (self._udp_checksums == 0)
+        return np.flatnonzero(wrong).tolist()
+
+
+def _changes(different: NDArray[np.bool_]) -> list[int]:
+    """Return the places of the packets that differ from the one before."""
+    places: list[int] = (np.flatnonzero(different) + 1).tolist()
+    return places

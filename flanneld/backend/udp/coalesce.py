@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from flanneld.backend.udp.batch import FEW, HEAD, Batch
+from flanneld.backend.udp.batch import HEAD, Batch
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import (
     ACK,
@@ -119,24 +119,36 @@ class Coalescer:
 
     def add_rows(self, batch: Batch, admit: Admit) -> None:
         """Take the packets in a batch's memory; they are changed in place."""
-        batch.fresh = True
-        count, at = batch.count, 0
-        while count - at >= FEW:
-            first = batch.head(at)
-            transport = self._joinable(first, batch.size)
-            if not transport:
-                self.add(batch.packet(at), admit)
-                at += 1
-                continue
-            end = batch.run(at, first[9], transport)
-            if end - at >= FEW and batch.is_intact(at, end, first, transport):
-                self._add_run(batch, at, end, first, transport, admit=admit)
-            else:
+        count, size, at = batch.count, batch.size, 0
+        # The first that may be joined decides what is looked for.
+        while True:
+            head = batch.head(at)
+            header = self._joinable(head, size)
+            if header:
+                break
+            self.add(batch.packet(at), admit)
+            at += 1
+            if at == count:
+                return
+        protocol = head[9]
+        ends = batch.ends(at, protocol, header)
+        heads = [head]
+        if len(ends) > 1:
+            heads += map(batch.head, ends[:-1])
+        damaged = batch.damaged(heads)
+        if damaged:
+            # Each is a run of its own.
+            ends = sorted({*ends, *damaged, *(row + 1 for row in damaged)} - {*range(at + 1)})
+            heads = [head, *map(batch.head, ends[:-1])]
+        for head, end in zip(heads, ends, strict=True):
+            if at in damaged or head[9] != protocol or self._joinable(head, size) != header:
                 for row in range(at, end):
                     self.add(batch.packet(row), admit)
+            elif admit(head[12:16]):
+                self._add_run(batch, at, end, head, header)
+            else:
+                self._counters.drop_wrong_source += end - at
             at = end
-        for row in range(at, count):
-            self.add(batch.packet(row), admit)
 
     def flush(self) -> None:
         """Write what is pending."""
@@ -211,39 +223,34 @@ class Coalescer:
         elif length < self._size:
             self.flush()
 
-    def _add_run(
-        self, batch: Batch, at: int, end: int, first: bytes, header: int, *, admit: Admit
-    ) -> None:
+    def _add_run(self, batch: Batch, at: int, end: int, first: bytes, header: int) -> None:
         """Take intact packets of one flow and one size, with consecutive sequence numbers.
 
-        PSH is in all of them or in none, or in the last. ``first`` is the first one's beginning.
+        PSH is in none of them, or in the last. ``first`` is the first one's beginning.
         """
-        if not admit(first[12:16]):
-            self._counters.drop_wrong_source += end - at
-            return
         size, each = batch.size, batch.size - header
         key = _key(first, header)
         tcp = first[9] == TCP
         sequence = int.from_bytes(first[24:28], "big") if tcp else 0
-        pushed = tcp and batch.head(end - 1)[33] & PSH
+        begin = at
         while at < end:
             room = self._room(key, sequence, size)
             if not room:
                 # Without its payload, which comes with that of the others below.
-                self._begin(batch.head(at), key, header, each)
+                self._begin(first if at == begin else batch.head(at), key, header, each)
                 room = self._room(key, sequence, size)
             count = min(room, end - at)
             fill = self._fill
             self._fill = stop = fill + count * each
-            self._array[fill:stop].reshape(count, each)[...] = batch.payloads(
-                at, at + count, header
-            )
+            target = self._array[fill:stop]
+            target.shape = count, each
+            target[...] = batch.payloads(at, at + count, header)
             self._count += count
             at += count
             self._sequence = sequence = sequence + count * each & 0xFFFFFFFF
             if size < self._size:
                 self.flush()
-        if pushed:
+        if tcp and batch.flags(end - 1) & PSH:
             self._packet[33] |= PSH
             self.flush()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from flanneld.backend.udp import segment
-from flanneld.backend.udp.batch import FEW, ROWS, Batch
+from flanneld.backend.udp.batch import FEW, ROWS, Batch, Scratch
 from flanneld.backend.udp.coalesce import Admit, Coalescer
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import (
@@ -27,7 +27,7 @@ from flanneld.backend.udp.peers import RouteTable
 from flanneld.backend.udp.tun import UDP_GRO
 
 # Shapes of batches remembered.
-_BATCHES = 64
+_BATCHES = 512
 # Senders remembered.
 _SENDERS = 4096
 # An IP and a UDP header, and anything in it.
@@ -36,7 +36,7 @@ _LEAST = 29
 # queue run over.
 _BUDGET, _BATCH_COST = 64, 8
 # Bytes of packets that are taken in one go, and another call's.
-_ROOM = 2 * LONGEST_PACKET
+_ROOM = int(os.environ.get('PYTHON_ROOM', 2)) * LONGEST_PACKET
 _SIZE = struct.Struct("=i")
 _CONTROL_BYTES = socket.CMSG_SPACE(_SIZE.size)
 
@@ -78,9 +78,7 @@ class Receiver:
         self._arena = bytearray(_ROOM + LONGEST_PACKET + 1)
         self._view = memoryview(self._arena)
         self._array = np.frombuffer(self._arena, np.uint8)
-        # A byte more for each packet. One for all batches: with one for each, peers that send many
-        # odd sizes would take 4 MB.
-        self._scratch = np.empty(len(self._arena) + ROWS, np.uint8)
+        self._scratch = Scratch(len(self._arena))
         self._whole = [self._view]
         self._admits: dict[str, Admit] = {}
         self._batches: dict[tuple[int, int, int], Batch] = {}
