@@ -97,13 +97,53 @@ def test_a_cut_can_be_run_again_on_other_packets() -> None:
     two = super_packet(TCP, b"b" * 3333, identity=65535, sequence=2**32 - 1, flags=reference.ACK)
     source = np.frombuffer(bytearray(one), np.uint8)
     out = np.zeros(10_000, np.uint8)
-    shape = segment.Cut(source, start=20, header=40, protocol=TCP, gso=1001, out=out)
+    shape = segment.Cut(source[np.newaxis], start=20, header=40, protocol=TCP, gso=1001, out=out)
     for packet in (one, two, one):
         source[:] = np.frombuffer(packet, np.uint8)
         rows = shape.run()
         made = [out[at : at + rows.size].tobytes() for at in range(0, 4 * 1042, 1042)]
         made[-1] = made[-1][: rows.last]
         assert made == reference.segment(packet, 1001)
+
+
+@given(
+    st.sampled_from([TCP, UDP]),
+    st.integers(1, 60),
+    st.sampled_from([1000, 1001, 8]),
+    st.lists(
+        st.tuples(
+            st.integers(0, 0xFFFF), st.sampled_from([5, 2**32 - 9000]), st.integers(0, 255),
+            st.binary(min_size=8, max_size=8),
+        ),
+        min_size=2, max_size=5,
+    ),
+)  # fmt: skip
+def test_several_at_once(
+    protocol: int, count: int, gso: int, several: list[tuple[int, int, int, bytes]]
+) -> None:
+    packets = [
+        super_packet(
+            protocol, (some * gso)[:gso] * count, identity=identity, sequence=sequence,
+            flags=flags | reference.ACK,
+        )
+        for identity, sequence, flags, some in several
+    ]  # fmt: skip
+    # Farther apart than they are long.
+    memory = np.zeros((len(packets), len(packets[0]) + 13), np.uint8)
+    for row, packet in zip(memory, packets, strict=True):
+        row[: len(packet)] = np.frombuffer(packet, np.uint8)
+    header = 40 if protocol == TCP else 28
+    out = np.full(len(packets) * count * (header + gso + 1), 0xA5, np.uint8)
+    shape = segment.Cut(
+        memory[:, : len(packets[0])], start=20, header=header, protocol=protocol, gso=gso, out=out
+    )
+    rows = shape.run()
+    assert (rows.number, rows.last) == (count * len(packets), rows.size)
+    made = [
+        out[at : at + rows.size].tobytes()
+        for at in range(0, rows.number * rows.stride, rows.stride)
+    ]
+    assert made == [piece for packet in packets for piece in reference.segment(packet, gso)]
 
 
 @given(st.binary(max_size=200), st.integers(0, 100), st.sampled_from([TCP, UDP]), st.integers(0, 9))

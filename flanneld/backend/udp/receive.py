@@ -36,7 +36,7 @@ _LEAST = 29
 # queue run over.
 _BUDGET, _BATCH_COST = 64, 8
 # Bytes of packets that are taken in one go, and another call's.
-_ROOM = int(os.environ.get('PYTHON_ROOM', 2)) * LONGEST_PACKET
+_ROOM = int(os.environ.get('PYTHON_ROOM', 4)) * LONGEST_PACKET
 _SIZE = struct.Struct("=i")
 _CONTROL_BYTES = socket.CMSG_SPACE(_SIZE.size)
 

@@ -40,6 +40,7 @@ _ROW = _COUNT[:ROWS].astype(np.uint32)
 del _COUNT
 _ONE, _MODULUS = np.uint32(1), np.uint32(65535)
 _NONE = b"\0\0"
+_sum = np.add.reduce
 
 
 class Rows(NamedTuple):
@@ -77,15 +78,17 @@ class Cut:
     """How to cut super-packets of one shape, with all views of the memory made beforehand.
 
     Views cost more than what is done through them, and a flow's super-packets are all alike.
-    ``source`` is the super-packet's memory from its IP header on, ``start`` and ``header`` where
-    its transport header begins and ends, ``gso`` the bytes of payload in each packet. Packets are
-    made from the payload's byte ``first`` (a multiple of ``gso``) on, at most ROWS, at the
-    beginning of ``out``, whose address must be even. ``end`` is the payload byte after them.
+    ``sources`` is a row of memory for each super-packet, from its IP header on; ``start`` and
+    ``header`` are where its transport header begins and ends, ``gso`` the bytes of payload in each
+    packet. Packets are made from the payload's byte ``first`` (a multiple of ``gso``) on, at most
+    ROWS of each super-packet, at the beginning of ``out``, whose address must be even. ``end`` is
+    the payload byte after them. Several super-packets are cut whole: none of their packets may be
+    shorter than the others.
     """
 
     def __init__(
         self,
-        source: Bytes,
+        sources: Bytes,
         *,
         start: int,
         header: int,
@@ -96,96 +99,115 @@ class Cut:
     ) -> None:
         if gso <= 0:
             raise BadSuperPacket
-        payload = len(source) - header
+        number, length = sources.shape
+        payload = length - header
         self.end = min(payload, first + ROWS * gso)
         full, rest = divmod(self.end - first, gso)
         count = full + (rest > 0)
         size = header + gso
         stride = size + (size & 1)
-        self.rows = Rows(count, size, stride, header + rest if rest else size)
+        total = number * count
+        self.rows = Rows(total, size, stride, header + rest if rest else size)
         self._start, self._header, self._protocol, self._gso = start, header, protocol, gso
-        self._first, self._is_last = first, self.end == payload
-        self._packet = source.data
-        self._out = out[: count * stride].data
-        rows = out[: count * stride].reshape(count, stride)
+        self._first, self._is_last, self._count = first, self.end == payload, count
+        self._packets = [source.data for source in sources]
+        self._out = out[: total * stride].data
+        rows = out[: total * stride].reshape(number, count, stride)
         pairs = rows.view(np.uint16)
-        self._template = bytearray(header)
-        self._template_array = np.frombuffer(self._template, np.uint8)
-        self._headers = rows[:, :header]
-        body = source[header + first : header + self.end]
-        self._copies = [(rows[:full, header:size], body[: full * gso].reshape(full, gso))]
-        self._zeros = [rows[:, size:]] if size & 1 else []
+        self._templates = bytearray(number * header)
+        self._template_rows = np.frombuffer(self._templates, np.uint8).reshape(number, 1, header)
+        self._headers = rows[:, :, :header]
+        body = sources[:, header + first : header + first + full * gso]
+        self._bodies = body.reshape(number, full, gso) if number == 1 else _split(body, full, gso)
+        self._targets = rows[:, :full, header:size]
+        self._zeros = [rows[:, :, size:]] if size & 1 else []
+        self._rest = None
         if rest:
-            self._copies.append((rows[full, header : header + rest], body[full * gso :]))
-            self._zeros.append(rows[full, header + rest :])
-        self._ids, self._sums = pairs[:, 2], pairs[:, 5]
+            begin = header + first + full * gso
+            self._rest = rows[0, full, header : header + rest], sources[0, begin : begin + rest]
+            self._zeros.append(rows[0, full, header + rest :])
+        self._ids, self._sums = list(pairs[:, :, 2]), list(pairs[:, :, 5])
         self._pairs = pairs
         self._at = start + (TCP_CSUM if protocol == TCP else UDP_CSUM)
-        self._checksums = pairs[:, self._at // 2]
-        self._totals = np.zeros(count, np.uint32)
+        self._checksums = pairs[:, :, self._at // 2]
+        self._totals = np.zeros((number, count), np.uint32)
         if protocol == TCP:
             self._steps = (_ROW[:count] * gso + first).astype(np.uint32)
-            self._sequence = np.zeros(count, np.uint32)
-            self._sequence_bytes = self._sequence.view(np.uint8).reshape(count, 4)
-            self._sequences = rows[:, start + 4 : start + 8]
+            self._sequence = np.zeros((number, count), np.uint32)
+            self._sequence_rows = list(self._sequence)
+            self._sequence_bytes = self._sequence.view(np.uint8).reshape(number, count, 4)
+            self._sequences = rows[:, :, start + 4 : start + 8]
 
     def run(self) -> Rows:
-        """Cut what is in the source's memory now."""
-        packet, start, header = self._packet, self._start, self._header
-        rows, template, protocol = self.rows, self._template, self._protocol
-        tcp = protocol == TCP
-        template[:] = packet[:header]
-        flags = 0
-        if tcp:
-            flags = template[start + 13]
-            template[start + 13] = flags & ~(PSH | FIN | CWR)
-        else:
-            template[start + 4 : start + 6] = (self._gso + UDP_HEADER).to_bytes(2, "big")
-        total = pseudo(template[12:20], protocol, rows.size - start)
-        template[self._at : self._at + 2] = total.to_bytes(2, "little")
-        template[2:4] = rows.size.to_bytes(2, "big")
-        self._write_headers()
-        for target, part in self._copies:
+        """Cut what is in the sources' memory now."""
+        rows, count, totals = self.rows, self._count, self._totals
+        tcp = self._protocol == TCP
+        flags = [self._begin(number) for number in range(len(self._packets))]
+        self._headers[...] = self._template_rows
+        for number in range(len(flags)):
+            self._count_ids(number)
+        self._targets[...] = self._bodies
+        if self._rest is not None:
+            target, part = self._rest
             target[...] = part
         for target in self._zeros:
             target[...] = 0
         out = self._out
         if tcp:
-            sequence = int.from_bytes(template[start + 4 : start + 8], "big")
-            np.add(self._steps, np.uint32(sequence), out=self._sequence)
-            self._sequence.byteswap(inplace=True)
+            self._sequence.byteswap(True)
             self._sequences[...] = self._sequence_bytes
-            if flags & CWR and self._first == 0:
-                out[start + 13] |= CWR
-            if self._is_last:
-                out[(rows.number - 1) * rows.stride + start + 13] |= flags & (PSH | FIN)
+            for number, each in enumerate(flags):
+                at = number * count * rows.stride + self._start + 13
+                if each & CWR and self._first == 0:
+                    out[at] |= CWR
+                if each & (PSH | FIN) and self._is_last:
+                    out[at + (count - 1) * rows.stride] |= each & (PSH | FIN)
         if rows.last < rows.size:
             self._shorten(out[(rows.number - 1) * rows.stride :])
         # The sums run over the whole rows: a valid IP header adds nothing to them.
-        totals = np.add.reduce(self._pairs, axis=1, dtype=np.uint32, out=self._totals)
+        _sum(self._pairs, 2, np.uint32, totals)
         if tcp:
             # 1..65535 instead of 0..65534: the sum of anything but zeros folds to at least 1.
             totals -= _ONE
-            np.remainder(totals, _MODULUS, out=totals)
+            np.remainder(totals, _MODULUS, totals)
             np.subtract(_MODULUS - _ONE, totals, out=self._checksums, casting="unsafe")
         else:
-            np.remainder(totals, _MODULUS, out=totals)
+            np.remainder(totals, _MODULUS, totals)
             np.subtract(_MODULUS, totals, out=self._checksums, casting="unsafe")
         return rows
 
-    def _write_headers(self) -> None:
-        """Write the template into all rows, with consecutive IP ids and their checksums."""
-        template, count = self._template, self.rows.number
-        identity = int.from_bytes(template[4:6], "big") + self._first // self._gso & 0xFFFF
-        template[4:6] = template[10:12] = _NONE
+    def _begin(self, number: int) -> int:
+        """Prepare the header of a super-packet's packets; returns its flags of TCP."""
+        start, header, size = self._start, self._header, self.rows.size
+        head = bytearray(self._packets[number][:header])
+        flags = 0
+        if self._protocol == TCP:
+            flags = head[start + 13]
+            head[start + 13] = flags & ~(PSH | FIN | CWR)
+            sequence = int.from_bytes(head[start + 4 : start + 8], "big")
+            np.add(self._steps, np.uint32(sequence), self._sequence_rows[number])
+        else:
+            head[start + 4 : start + 6] = (self._gso + UDP_HEADER).to_bytes(2, "big")
+        total = pseudo(head[12:20], self._protocol, size - start)
+        head[self._at : self._at + 2] = total.to_bytes(2, "little")
+        head[2:4] = size.to_bytes(2, "big")
+        self._templates[number * header : (number + 1) * header] = head
+        return flags
+
+    def _count_ids(self, number: int) -> None:
+        """Write consecutive IP ids and their checksums into a super-packet's packets."""
+        count, at = self._count, number * self._header
+        head = self._templates[at : at + self._start]
+        identity = int.from_bytes(head[4:6], "big") + self._first // self._gso & 0xFFFF
+        head[4:6] = head[10:12] = _NONE
         # Big-endian here: ids count up by one.
-        total = (int.from_bytes(template[: self._start], "big") + identity) % 65535
-        self._headers[...] = self._template_array
-        self._ids[...] = _ID[identity : identity + count]
-        self._sums[...] = _SUM[total : total + count]
+        total = (int.from_bytes(head, "big") + identity) % 65535
+        self._ids[number][...] = _ID[identity : identity + count]
+        sums = self._sums[number]
+        sums[...] = _SUM[total : total + count]
         wrapped = 65536 - identity
         if wrapped < count:
-            self._sums[wrapped:] = _SUM[total + wrapped - 1 : total + count - 1]
+            sums[wrapped:] = _SUM[total + wrapped - 1 : total + count - 1]
 
     def _shorten(self, row: memoryview) -> None:
         """Correct the headers of the shorter last packet."""
@@ -201,14 +223,23 @@ class Cut:
         row[: self._header] = head
 
 
+def _split(body: Bytes, full: int, gso: int) -> Bytes:
+    """Return rows of ``full * gso`` bytes as such of ``gso`` bytes, without copying."""
+    split: Bytes = np.lib.stride_tricks.as_strided(
+        body, (len(body), full, gso), (body.strides[0], gso, 1)
+    )
+    return split
+
+
 def segment(source: Bytes, start: int, protocol: int, gso: int, out: Bytes) -> list[bytes]:
     """Return the packets of one super-packet. Raises BadSuperPacket."""
     header = header_length(source.data, start, protocol)
     first, packets = 0, []
     while first < len(source) - header:
         cut = Cut(
-            source, start=start, header=header, protocol=protocol, gso=gso, out=out, first=first
-        )
+            source[np.newaxis], start=start, header=header, protocol=protocol, gso=gso, out=out,
+            first=first,
+        )  # fmt: skip
         rows, first = cut.run(), cut.end
         for row in range(rows.number):
             size = rows.last if row == rows.number - 1 else rows.size

@@ -31,12 +31,14 @@ from flanneld.backend.udp.send import Sender
 
 # Packets read before they are sent.
 SLOTS = 64
-_SUPERS_IN_A_TURN = 4
+# Super-packets read before they are cut.
+_SUPERS = 4
+_SUPER_STRIDE = 1 << 16 | 1 << 7
 # Below this many packets numpy's fixed cost is more than a loop's.
 _FEW = 4
-_OUTS = 4
-# A super-packet's payload and a header, at most 120 bytes and one to make it even, for each row.
-_OUT_BYTES = LONGEST_PACKET + segment.ROWS * 122
+_OUTS = 3
+# Super-packets' payload and a header, at most 120 bytes and one to make it even, for each row.
+_OUT_BYTES = _SUPERS * (LONGEST_PACKET + segment.ROWS * 122)
 # Shapes of super-packets remembered.
 _CUTS = 160
 # How long the rest of a long super-packet waits for the next one.
@@ -69,13 +71,21 @@ class Transmitter:
         self._answer = answer
         # Larger packets than this are handled at once, so a slot need not hold them.
         self._stride = min(16384, (VNET_LEN + mtu + 64) // 64 * 64)
-        arena = bytearray(SLOTS * self._stride + VNET_LEN + LONGEST_PACKET + 64)
+        # First the packets' slots, then those of super-packets.
+        self._supers_at = SLOTS * self._stride
+        arena = bytearray(self._supers_at + _SUPERS * _SUPER_STRIDE)
         self._view = memoryview(arena)
         self._array = np.frombuffer(arena, np.uint8)
         matrix = self._array[: SLOTS * self._stride].reshape(SLOTS, self._stride)
         self._packets = matrix[:, VNET_LEN:]
         self._slots = [[self._view[slot * self._stride :]] for slot in range(SLOTS)]
         self._lengths = [0] * SLOTS
+        begin, self._supers = self._supers_at, self._array[self._supers_at :]
+        self._supers = self._supers.reshape(_SUPERS, _SUPER_STRIDE)
+        self._super_slots = [[self._view[begin + n * _SUPER_STRIDE :]] for n in range(_SUPERS)]
+        self._super_lengths = [0] * _SUPERS
+        # The last that was read was a super-packet: so will the next be.
+        self._in_bulk = False
         # Super-packets are cut into each of these in turn, so that rows can wait in one while the
         # next is filled.
         self._out_views = [memoryview(bytearray(_OUT_BYTES)) for _ in range(_OUTS)]
@@ -133,36 +143,38 @@ class Transmitter:
 
         Raises OSError when the TUN device is gone.
         """
-        fd, slots, lengths, view, stride = (
-            self._tun,
-            self._slots,
-            self._lengths,
-            self._view,
-            self._stride,
-        )
-        count = supers = 0
+        fd, view, stride, begin = self._tun, self._view, self._stride, self._supers_at
+        slots, lengths = self._slots, self._lengths
+        super_slots, super_lengths = self._super_slots, self._super_lengths
+        count = supers = cut = 0
         more = True
-        while count < limit and supers < _SUPERS_IN_A_TURN:
+        while count < limit and cut + supers < _SUPERS:
+            bulk = self._in_bulk
+            at = begin + supers * _SUPER_STRIDE if bulk else count * stride
             try:
-                length = os.readv(fd, slots[count])
+                length = os.readv(fd, super_slots[supers] if bulk else slots[count])
             except BlockingIOError:
                 more = False
                 break
-            at = count * stride
             if view[at + 1] != GSO_NONE or length >= stride:
-                self._send_packets(count)
-                count = 0
+                if not bulk:
+                    self._send_packets(count)
+                    count = 0
+                    self._in_bulk = True
+                    view[begin : begin + length] = view[at : at + length]
+                super_lengths[supers] = length
                 supers += 1
-                if view[at + 1] == GSO_NONE:
-                    self.flush()
-                    self._count_read(1, length - VNET_LEN)
-                    self._send_packet(at, length)
-                else:
-                    self._send_super(at, length)
             else:
+                if bulk:
+                    self._send_supers(supers)
+                    cut += supers
+                    supers = 0
+                    self._in_bulk = False
+                    view[:length] = view[at : at + length]
                 lengths[count] = length
                 count += 1
         self._send_packets(count)
+        self._send_supers(supers)
         return more
 
     def _count_read(self, packets: int, size: int) -> None:
@@ -274,49 +286,112 @@ class Transmitter:
 
     # Super-packets
 
-    def _send_super(self, at: int, length: int) -> None:
-        """Cut one super-packet and send most of it; the rest may wait for the next."""
+    def _send_supers(self, count: int) -> None:
+        """Send what is in the first ``count`` of the super-packets' slots."""
+        lengths, view = self._super_lengths, self._view
+        number = 0
+        while number < count:
+            at, length = self._supers_at + number * _SUPER_STRIDE, lengths[number]
+            if view[at + 1] == GSO_NONE:
+                # One that does not fit into a packet's slot.
+                self.flush()
+                self._count_read(1, length - VNET_LEN)
+                self._send_packet(at, length)
+                number += 1
+                continue
+            alike = 1
+            if number + 1 < count:
+                kind = self._kind(at)
+                while number + alike < count and (
+                    lengths[number + alike] == length
+                    and self._kind(at + alike * _SUPER_STRIDE) == kind
+                ):
+                    alike += 1
+            number += self._send_super(at, length, alike)
+
+    def _kind(self, at: int) -> tuple[bytes, bytes]:
+        """Return what must be equal in super-packets that are cut together: also where they go."""
+        packet = at + VNET_LEN
+        return self._view[at : packet + 2].tobytes(), self._view[packet + 16 : packet + 20].tobytes()
+
+    def _send_super(self, at: int, length: int, alike: int = 1) -> int:
+        """Cut a super-packet and send most of it; the rest may wait for the next.
+
+        As many of the ``alike`` that begin with it as can be cut together are. Returns how many.
+        """
         begin = at + VNET_LEN
         packet = self._view[begin : at + length]
         flags, kind, _, gso, start, _ = VNET.unpack_from(self._view, at)
         counters = self._counters
-        counters.tun_read_calls += 1
-        counters.tun_read_bytes += length - VNET_LEN
         peer = self._route(packet)
         if peer is None:
-            counters.tun_read_packets += 1
-            return
+            self._count_read(1, length - VNET_LEN)
+            return 1
         if not flags & NEEDS_CSUM:
             # Joined by a driver that has looked at the checksums: nobody says where one begins.
             start = (packet[0] & 15) * 4
         protocol = _PROTOCOLS.get(kind, 0)
         try:
             header = segment.header_length(packet, start, protocol)
-            packet[8] -= 1
-            first, payload = 0, len(packet) - header
-            size = header + gso
-            while first < payload:
-                other = peer is not self._peer or size != self._size
-                if self._rows and (other or len(self._waiting) >= _OUTS - 1):
-                    self.flush()
-                key = (begin, length, gso, start, header, protocol, first, self._next_out)
-                cut = self._cuts.get(key)
-                if cut is None:
-                    cut = self._new_cut(key)
-                rows = cut.run()
-                counters.tun_read_packets += rows.number
-                first = cut.end
-                self._peer, self._size = peer, size
-                self._flags_at = start + 13 if protocol == TCP else 0
-                self._send_cut(rows)
+            if not gso:
+                raise segment.BadSuperPacket
         except segment.BadSuperPacket:
-            counters.tun_read_packets += 1
+            self._count_read(1, length - VNET_LEN)
             counters.drop_malformed += 1
+            return 1
+        packet[8] -= 1
+        first, payload, size = 0, len(packet) - header, header + gso
+        if alike > 1:
+            alike = self._whole(begin, len(packet), alike, start, header, protocol, gso)
+        counters.tun_read_calls += alike
+        counters.tun_read_bytes += alike * len(packet)
+        while first < payload:
+            other = peer is not self._peer or size != self._size
+            if self._rows and (other or len(self._waiting) >= _OUTS - 1):
+                self.flush()
+            key = (begin, alike, len(packet), gso, start, header, protocol, first, self._next_out)
+            cut = self._cuts.get(key)
+            if cut is None:
+                cut = self._new_cut(key)
+            rows = cut.run()
+            counters.tun_read_packets += rows.number
+            first = cut.end
+            self._peer, self._size = peer, size
+            self._flags_at = start + 13 if protocol == TCP else 0
+            self._send_cut(rows)
+        return alike
+
+    def _whole(
+        self, begin: int, length: int, alike: int, start: int, header: int, protocol: int, gso: int
+    ) -> int:
+        """Return how many super-packets from ``begin`` on are cut together; their TTLs are done.
+
+        The first one's is done already. They need equal headers' lengths, no shorter last packet.
+        """
+        rows, rest = divmod(length - header, gso)
+        if rest or rows > segment.ROWS:
+            return 1
+        for number in range(1, alike):
+            at = begin + number * _SUPER_STRIDE
+            packet = self._view[at : at + length]
+            try:
+                if packet[8] <= 1 or segment.header_length(packet, start, protocol) != header:
+                    return number
+            except segment.BadSuperPacket:
+                return number
+            packet[8] -= 1
+        return alike
 
     def _new_cut(self, key: tuple[int, ...]) -> segment.Cut:
-        begin, length, gso, start, header, protocol, first, out = key
+        begin, alike, length, gso, start, header, protocol, first, out = key
+        memory = self._array[begin:]
+        if alike > 1:
+            memory = self._supers[(begin - self._supers_at) // _SUPER_STRIDE :][:alike]
+            memory = memory[:, VNET_LEN : VNET_LEN + length]
+        else:
+            memory = memory[np.newaxis, :length]
         cut = segment.Cut(
-            self._array[begin : begin + length - VNET_LEN],
+            memory,
             start=start,
             header=header,
             protocol=protocol,
