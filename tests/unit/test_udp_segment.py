@@ -92,58 +92,72 @@ def test_payloads_of_zeros_and_ones(byte: int) -> None:
         assert cut(packet, 1000) == reference.segment(packet, 1000)
 
 
-def test_a_cut_can_be_run_again_on_other_packets() -> None:
+def pieces(sheet: segment.Sheet, last: int) -> list[bytes]:
+    sizes = [sheet.size] * (sheet.number - 1) + [last]
+    return [sheet.packet(row, size).tobytes() for row, size in enumerate(sizes)]
+
+
+def test_a_sheet_can_be_used_again_for_other_packets() -> None:
     one = super_packet(TCP, b"a" * 3333, flags=0xFF)
     two = super_packet(TCP, b"b" * 3333, identity=65535, sequence=2**32 - 1, flags=reference.ACK)
-    source = np.frombuffer(bytearray(one), np.uint8)
     out = np.zeros(10_000, np.uint8)
-    shape = segment.Cut(source[np.newaxis], start=20, header=40, protocol=TCP, gso=1001, out=out)
+    sheet = segment.Sheet(out, start=20, header=40, protocol=TCP, gso=1001)
     for packet in (one, two, one):
-        source[:] = np.frombuffer(packet, np.uint8)
-        rows = shape.run()
-        made = [out[at : at + rows.size].tobytes() for at in range(0, 4 * 1042, 1042)]
-        made[-1] = made[-1][: rows.last]
-        assert made == reference.segment(packet, 1001)
+        end, last = sheet.add(np.frombuffer(packet, np.uint8))
+        sheet.finish()
+        assert end == 3333
+        assert pieces(sheet, last) == reference.segment(packet, 1001)
+        sheet.clear()
 
 
 @given(
     st.sampled_from([TCP, UDP]),
-    st.integers(1, 60),
-    st.sampled_from([1000, 1001, 8]),
+    st.sampled_from([100, 101, 8]),
     st.lists(
         st.tuples(
-            st.integers(0, 0xFFFF), st.sampled_from([5, 2**32 - 9000]), st.integers(0, 255),
-            st.binary(min_size=8, max_size=8),
+            st.integers(0, 0xFFFF), st.sampled_from([5, 2**32 - 900]), st.integers(0, 255),
+            st.integers(1, 25), st.binary(min_size=8, max_size=8), st.booleans(),
         ),
-        min_size=2, max_size=5,
+        min_size=1, max_size=5,
     ),
+    st.integers(1, 100),
+    st.integers(30, 60),
 )  # fmt: skip
-def test_several_at_once(
-    protocol: int, count: int, gso: int, several: list[tuple[int, int, int, bytes]]
+def test_several_on_one_sheet(
+    protocol: int,
+    gso: int,
+    several: list[tuple[int, int, int, int, bytes, bool]],
+    rest: int,
+    room: int,
 ) -> None:
-    packets = [
-        super_packet(
-            protocol, (some * gso)[:gso] * count, identity=identity, sequence=sequence,
-            flags=flags | reference.ACK,
-        )
-        for identity, sequence, flags, some in several
-    ]  # fmt: skip
-    # Farther apart than they are long.
-    memory = np.zeros((len(packets), len(packets[0]) + 13), np.uint8)
-    for row, packet in zip(memory, packets, strict=True):
-        row[: len(packet)] = np.frombuffer(packet, np.uint8)
+    """Of several lengths; finished now and then; what does not fit goes on after a `clear`."""
     header = 40 if protocol == TCP else 28
-    out = np.full(len(packets) * count * (header + gso + 1), 0xA5, np.uint8)
-    shape = segment.Cut(
-        memory[:, : len(packets[0])], start=20, header=header, protocol=protocol, gso=gso, out=out
-    )
-    rows = shape.run()
-    assert (rows.number, rows.last) == (count * len(packets), rows.size)
-    made = [
-        out[at : at + rows.size].tobytes()
-        for at in range(0, rows.number * rows.stride, rows.stride)
-    ]
-    assert made == [piece for packet in packets for piece in reference.segment(packet, gso)]
+    out = np.full(room * (header + gso + 1), 0xA5, np.uint8)
+    sheet = segment.Sheet(out, start=20, header=header, protocol=protocol, gso=gso)
+    made, wanted, last = [], [], sheet.size
+    for number, (identity, sequence, flags, count, some, stop) in enumerate(several):
+        payload = (some * gso)[:gso] * count
+        if number == len(several) - 1:
+            payload += bytes(min(rest, gso))
+        packet = super_packet(
+            protocol, payload, identity=identity, sequence=sequence, flags=flags | reference.ACK
+        )
+        wanted += reference.segment(packet, gso)
+        first = 0
+        while first < len(payload):
+            if sheet.is_full:
+                sheet.finish()
+                made += pieces(sheet, sheet.size)
+                sheet.clear()
+            first, last = sheet.add(np.frombuffer(packet, np.uint8), first)
+        if stop:
+            sheet.finish()
+            keep = sheet.number // 2
+            if last == sheet.size:
+                made += pieces(sheet, last)[: sheet.number - keep]
+                sheet.clear(keep=keep)
+    sheet.finish()
+    assert made + pieces(sheet, last) == wanted
 
 
 @given(st.binary(max_size=200), st.integers(0, 100), st.sampled_from([TCP, UDP]), st.integers(0, 9))

@@ -6,7 +6,7 @@ id, sequence number, flags and checksums. The IP header's checksum and the packe
 sums over the rows of a matrix.
 """
 
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,12 @@ from flanneld.backend.udp.packet import (
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
-# The most packets one call makes; a caller with a longer super-packet calls again.
-ROWS = 128
+# The most packets in a `Sheet`.
+ROWS = 320
 
 # Consecutive IP ids, and the header checksums that go with them. _ID[i] is i modulo 65536,
 # _SUM[i] is -i in one's complement, both as they are on the wire. The wrap from 65535 to 0 is in
-# the first; it changes a sum by one, which `_write_headers` sees to.
+# the first; it changes a sum by one, which `Sheet._write_headers` sees to.
 _COUNT = np.arange(2 * 65536, dtype=np.int64)
 _ID = (_COUNT[: 65536 + ROWS] % 65536).astype(np.uint16).byteswap()
 _SUM = (-_COUNT[: 65536 + 2 * ROWS] % 65535).astype(np.uint16).byteswap()
@@ -41,19 +41,6 @@ del _COUNT
 _ONE, _MODULUS = np.uint32(1), np.uint32(65535)
 _NONE = b"\0\0"
 _sum = np.add.reduce
-
-
-class Rows(NamedTuple):
-    """Packets laid out one after the other.
-
-    ``stride`` is the distance between their beginnings: the size made even, so that sums over
-    16-bit words are sums over rows. ``last`` is the size of the last one, at most ``size``.
-    """
-
-    number: int
-    size: int
-    stride: int
-    last: int
 
 
 class BadSuperPacket(Exception):
@@ -74,144 +61,147 @@ def header_length(packet: memoryview, start: int, protocol: int) -> int:
     return header
 
 
-class Cut:
-    """How to cut super-packets of one shape, with all views of the memory made beforehand.
+class Sheet:
+    """Packets of one size, one after the other, cut from super-packets.
 
-    Views cost more than what is done through them, and a flow's super-packets are all alike.
-    ``sources`` is a row of memory for each super-packet, from its IP header on; ``start`` and
-    ``header`` are where its transport header begins and ends, ``gso`` the bytes of payload in each
-    packet. Packets are made from the payload's byte ``first`` (a multiple of ``gso``) on, at most
-    ROWS of each super-packet, at the beginning of ``out``, whose address must be even. ``end`` is
-    the payload byte after them. Several super-packets are cut whole: none of their packets may be
-    shorter than the others.
+    Packets are laid out ``stride`` bytes apart in ``out``, whose address must be even: ``size``
+    made even, so that sums over 16-bit words are sums over rows. The super-packets have their
+    transport header from ``start`` to ``header``, and ``gso`` bytes of payload for each packet.
+    Raises BadSuperPacket if there are none.
     """
 
-    def __init__(
-        self,
-        sources: Bytes,
-        *,
-        start: int,
-        header: int,
-        protocol: int,
-        gso: int,
-        out: Bytes,
-        first: int = 0,
-    ) -> None:
+    def __init__(self, out: Bytes, *, start: int, header: int, protocol: int, gso: int) -> None:
         if gso <= 0:
             raise BadSuperPacket
-        number, length = sources.shape
-        payload = length - header
-        self.end = min(payload, first + ROWS * gso)
-        full, rest = divmod(self.end - first, gso)
-        count = full + (rest > 0)
-        size = header + gso
-        stride = size + (size & 1)
-        total = number * count
-        self.rows = Rows(total, size, stride, header + rest if rest else size)
+        self.size = size = header + gso
+        self.stride = stride = size + (size & 1)
+        self.number = 0
+        """Packets there are. Those from a super-packet's end can be shorter; see `add`."""
         self._start, self._header, self._protocol, self._gso = start, header, protocol, gso
-        self._first, self._is_last, self._count = first, self.end == payload, count
-        self._packets = [source.data for source in sources]
-        self._out = out[: total * stride].data
-        rows = out[: total * stride].reshape(number, count, stride)
-        pairs = rows.view(np.uint16)
-        self._templates = bytearray(number * header)
-        self._template_rows = np.frombuffer(self._templates, np.uint8).reshape(number, 1, header)
-        self._headers = rows[:, :, :header]
-        body = sources[:, header + first : header + first + full * gso]
-        self._bodies = body.reshape(number, full, gso) if number == 1 else _split(body, full, gso)
-        self._targets = rows[:, :full, header:size]
-        self._zeros = [rows[:, :, size:]] if size & 1 else []
-        self._rest = None
-        if rest:
-            begin = header + first + full * gso
-            self._rest = rows[0, full, header : header + rest], sources[0, begin : begin + rest]
-            self._zeros.append(rows[0, full, header + rest :])
-        self._ids, self._sums = list(pairs[:, :, 2]), list(pairs[:, :, 5])
-        self._pairs = pairs
+        self._capacity = capacity = min(ROWS, len(out) // stride)
+        # So many have their checksums.
+        self._finished = 0
+        self._view = out.data
+        self._array = out
+        rows = out[: capacity * stride].reshape(capacity, stride)
+        self._pairs = pairs = rows.view(np.uint16)
+        self._heads, self._bodies = rows[:, :header], rows[:, header:size]
+        self._pads = rows[:, size:] if size & 1 else None
+        self._ids, self._sums = pairs[:, 2], pairs[:, 5]
         self._at = start + (TCP_CSUM if protocol == TCP else UDP_CSUM)
-        self._checksums = pairs[:, :, self._at // 2]
-        self._totals = np.zeros((number, count), np.uint32)
+        self._checksums = pairs[:, self._at // 2]
+        self._totals = np.zeros(capacity, np.uint32)
         if protocol == TCP:
-            self._steps = (_ROW[:count] * gso + first).astype(np.uint32)
-            self._sequence = np.zeros((number, count), np.uint32)
-            self._sequence_rows = list(self._sequence)
-            self._sequence_bytes = self._sequence.view(np.uint8).reshape(number, count, 4)
-            self._sequences = rows[:, :, start + 4 : start + 8]
+            self._sequences = rows[:, start + 4 : start + 8].view(">u4")[:, 0]
+            self._steps = _ROW[:capacity] * np.uint32(gso)
 
-    def run(self) -> Rows:
-        """Cut what is in the sources' memory now."""
-        rows, count, totals = self.rows, self._count, self._totals
-        tcp = self._protocol == TCP
-        flags = [self._begin(number) for number in range(len(self._packets))]
-        self._headers[...] = self._template_rows
-        for number in range(len(flags)):
-            self._count_ids(number)
-        self._targets[...] = self._bodies
-        if self._rest is not None:
-            target, part = self._rest
-            target[...] = part
-        for target in self._zeros:
-            target[...] = 0
-        out = self._out
-        if tcp:
-            self._sequence.byteswap(True)
-            self._sequences[...] = self._sequence_bytes
-            for number, each in enumerate(flags):
-                at = number * count * rows.stride + self._start + 13
-                if each & CWR and self._first == 0:
-                    out[at] |= CWR
-                if each & (PSH | FIN) and self._is_last:
-                    out[at + (count - 1) * rows.stride] |= each & (PSH | FIN)
-        if rows.last < rows.size:
-            self._shorten(out[(rows.number - 1) * rows.stride :])
+    @property
+    def is_full(self) -> bool:
+        """Whether no packet can be added."""
+        return self.number == self._capacity
+
+    def clear(self, *, keep: int = 0) -> None:
+        """Forget all packets but the last ``keep``, which become the first. All are finished."""
+        if keep:
+            begin, end = (self.number - keep) * self.stride, self.number * self.stride
+            self._view[: end - begin] = self._view[begin:end]
+        self.number = self._finished = keep
+
+    def add(self, source: Bytes, first: int = 0) -> tuple[int, int]:
+        """Add packets from a super-packet's payload from byte ``first`` on, as many as fit.
+
+        ``source`` is the super-packet, ``first`` a multiple of ``gso``. Returns the payload's byte
+        after them, and the last one's size: it is the only one that may be shorter.
+        """
+        at, header, gso, size = self.number, self._header, self._gso, self.size
+        full, rest = divmod(len(source) - header - first, gso)
+        if full + (rest > 0) > self._capacity - at:
+            full, rest = min(full, self._capacity - at), 0
+        middle = at + full
+        self.number = end = middle + (rest > 0)
+        begin = header + first
+        stop = begin + full * gso
+        flags = self._write_headers(source, at, end, first)
+        if full:
+            self._bodies[at:middle] = source[begin:stop].reshape(full, gso)
+        last = size
+        if rest:
+            last = header + rest
+            begin = middle * self.stride
+            self._array[begin + header : begin + last] = source[stop : stop + rest]
+            self._array[begin + last : begin + self.stride] = 0
+        view, stride = self._view, self.stride
+        if flags:
+            if flags & CWR and first == 0:
+                view[at * stride + self._start + 13] |= CWR
+            if flags & (PSH | FIN) and stop + rest == len(source):
+                view[(end - 1) * stride + self._start + 13] |= flags & (PSH | FIN)
+        if rest:
+            self._shorten(view[middle * stride : end * stride], last)
+        return stop + rest - header, last
+
+    def finish(self) -> None:
+        """Compute the checksums of the packets that were added."""
+        at, end = self._finished, self.number
+        if at == end:
+            return
+        self._finished = end
+        if self._pads is not None:
+            self._pads[at:end] = 0
         # The sums run over the whole rows: a valid IP header adds nothing to them.
-        _sum(self._pairs, 2, np.uint32, totals)
-        if tcp:
+        totals = _sum(self._pairs[at:end], 1, np.uint32, self._totals[at:end])
+        if self._protocol == TCP:
             # 1..65535 instead of 0..65534: the sum of anything but zeros folds to at least 1.
             totals -= _ONE
             np.remainder(totals, _MODULUS, totals)
-            np.subtract(_MODULUS - _ONE, totals, out=self._checksums, casting="unsafe")
+            np.subtract(_MODULUS - _ONE, totals, self._checksums[at:end], casting="unsafe")
         else:
             np.remainder(totals, _MODULUS, totals)
-            np.subtract(_MODULUS, totals, out=self._checksums, casting="unsafe")
-        return rows
+            np.subtract(_MODULUS, totals, self._checksums[at:end], casting="unsafe")
 
-    def _begin(self, number: int) -> int:
-        """Prepare the header of a super-packet's packets; returns its flags of TCP."""
-        start, header, size = self._start, self._header, self.rows.size
-        head = bytearray(self._packets[number][:header])
+    def packet(self, row: int, size: int) -> memoryview:
+        """Return a packet; ``size`` is that of all, or the last one's."""
+        at = row * self.stride
+        return self._view[at : at + size]
+
+    def packets(self, at: int, end: int, last: int) -> memoryview:
+        """Return packets without anything between them; ``last`` is the last one's size."""
+        return self._view[at * self.stride : (end - 1) * self.stride + last]
+
+    def _write_headers(self, source: Bytes, at: int, end: int, first: int) -> int:
+        """Write the headers of packets of full size; returns the super-packet's TCP flags.
+
+        With consecutive IP ids and sequence numbers; PSH, FIN and CWR are left out.
+        """
+        start, count = self._start, end - at
+        head = bytearray(source.data[: self._header])
         flags = 0
         if self._protocol == TCP:
             flags = head[start + 13]
             head[start + 13] = flags & ~(PSH | FIN | CWR)
-            sequence = int.from_bytes(head[start + 4 : start + 8], "big")
-            np.add(self._steps, np.uint32(sequence), self._sequence_rows[number])
+            sequence = int.from_bytes(head[start + 4 : start + 8], "big") + first & 0xFFFFFFFF
         else:
             head[start + 4 : start + 6] = (self._gso + UDP_HEADER).to_bytes(2, "big")
-        total = pseudo(head[12:20], self._protocol, size - start)
+        total = pseudo(head[12:20], self._protocol, self.size - start)
         head[self._at : self._at + 2] = total.to_bytes(2, "little")
-        head[2:4] = size.to_bytes(2, "big")
-        self._templates[number * header : (number + 1) * header] = head
-        return flags
-
-    def _count_ids(self, number: int) -> None:
-        """Write consecutive IP ids and their checksums into a super-packet's packets."""
-        count, at = self._count, number * self._header
-        head = self._templates[at : at + self._start]
-        identity = int.from_bytes(head[4:6], "big") + self._first // self._gso & 0xFFFF
+        head[2:4] = self.size.to_bytes(2, "big")
+        identity = int.from_bytes(head[4:6], "big") + first // self._gso & 0xFFFF
         head[4:6] = head[10:12] = _NONE
         # Big-endian here: ids count up by one.
-        total = (int.from_bytes(head, "big") + identity) % 65535
-        self._ids[number][...] = _ID[identity : identity + count]
-        sums = self._sums[number]
-        sums[...] = _SUM[total : total + count]
+        total = (int.from_bytes(head[:start], "big") + identity) % 65535
+        self._heads[at:end] = np.frombuffer(head, np.uint8)
+        self._ids[at:end] = _ID[identity : identity + count]
+        self._sums[at:end] = _SUM[total : total + count]
         wrapped = 65536 - identity
         if wrapped < count:
-            sums[wrapped:] = _SUM[total + wrapped - 1 : total + count - 1]
+            self._sums[at + wrapped : end] = _SUM[total + wrapped - 1 : total + count - 1]
+        if self._protocol == TCP:
+            self._sequences[at:end] = self._steps[:count] + np.uint32(sequence)
+        return flags
 
-    def _shorten(self, row: memoryview) -> None:
-        """Correct the headers of the shorter last packet."""
-        size, start = self.rows.last, self._start
+    def _shorten(self, row: memoryview, size: int) -> None:
+        """Correct the headers of a shorter packet."""
+        start = self._start
         head = bytearray(row[: self._header])
         head[2:4] = size.to_bytes(2, "big")
         set_ip_checksum(head, start)
@@ -223,27 +213,17 @@ class Cut:
         row[: self._header] = head
 
 
-def _split(body: Bytes, full: int, gso: int) -> Bytes:
-    """Return rows of ``full * gso`` bytes as such of ``gso`` bytes, without copying."""
-    split: Bytes = np.lib.stride_tricks.as_strided(
-        body, (len(body), full, gso), (body.strides[0], gso, 1)
-    )
-    return split
-
-
 def segment(source: Bytes, start: int, protocol: int, gso: int, out: Bytes) -> list[bytes]:
     """Return the packets of one super-packet. Raises BadSuperPacket."""
     header = header_length(source.data, start, protocol)
+    sheet = Sheet(out, start=start, header=header, protocol=protocol, gso=gso)
     first, packets = 0, []
     while first < len(source) - header:
-        cut = Cut(
-            source[np.newaxis], start=start, header=header, protocol=protocol, gso=gso, out=out,
-            first=first,
-        )  # fmt: skip
-        rows, first = cut.run(), cut.end
-        for row in range(rows.number):
-            size = rows.last if row == rows.number - 1 else rows.size
-            packets.append(out[row * rows.stride : row * rows.stride + size].tobytes())
+        first, last = sheet.add(source, first)
+        sheet.finish()
+        packets += [sheet.packet(row, sheet.size).tobytes() for row in range(sheet.number - 1)]
+        packets.append(sheet.packet(sheet.number - 1, last).tobytes())
+        sheet.clear()
     return packets
 
 

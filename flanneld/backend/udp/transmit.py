@@ -36,11 +36,10 @@ _SUPERS = 4
 _SUPER_STRIDE = 1 << 16 | 1 << 7
 # Below this many packets numpy's fixed cost is more than a loop's.
 _FEW = 4
-_OUTS = 3
-# Super-packets' payload and a header, at most 120 bytes and one to make it even, for each row.
-_OUT_BYTES = _SUPERS * (LONGEST_PACKET + segment.ROWS * 122)
-# Shapes of super-packets remembered.
-_CUTS = 160
+# The super-packets' payload, what is left of those before, and a header, at most 120 bytes and one to make it even, for each row.
+_OUT_BYTES = (_SUPERS + 1) * LONGEST_PACKET + segment.ROWS * 122
+# Sheets remembered.
+_SHEETS = 64
 # How long the rest of a long super-packet waits for the next one.
 PATIENCE_MS = 1
 
@@ -80,24 +79,21 @@ class Transmitter:
         self._packets = matrix[:, VNET_LEN:]
         self._slots = [[self._view[slot * self._stride :]] for slot in range(SLOTS)]
         self._lengths = [0] * SLOTS
-        begin, self._supers = self._supers_at, self._array[self._supers_at :]
-        self._supers = self._supers.reshape(_SUPERS, _SUPER_STRIDE)
-        self._super_slots = [[self._view[begin + n * _SUPER_STRIDE :]] for n in range(_SUPERS)]
+        self._super_slots = [
+            [self._view[self._supers_at + number * _SUPER_STRIDE :]] for number in range(_SUPERS)
+        ]
         self._super_lengths = [0] * _SUPERS
         # The last that was read was a super-packet: so will the next be.
         self._in_bulk = False
-        # Super-packets are cut into each of these in turn, so that rows can wait in one while the
-        # next is filled.
-        self._out_views = [memoryview(bytearray(_OUT_BYTES)) for _ in range(_OUTS)]
-        self._outs = [np.frombuffer(view, np.uint8) for view in self._out_views]
-        self._next_out = 0
-        self._cuts: dict[tuple[int, ...], segment.Cut] = {}
-        # Rows of one size to one peer that were cut but not sent.
-        self._waiting: list[memoryview] = []
-        self._rows = 0
+        # Super-packets are cut into this.
+        self._out = np.frombuffer(bytearray(_OUT_BYTES), np.uint8)
+        self._sheets: dict[tuple[int, int, int, int], segment.Sheet] = {}
+        # The one with packets in it that are not sent yet, where they go and how long the last is.
+        self._sheet: segment.Sheet | None = None
         self._peer: Peer | None = None
-        self._size = 0
-        self._flags_at = 0
+        self._last = 0
+        # The sender has more: it has filled a super-packet, and set no PSH.
+        self._goes_on = False
         self._sender = Sender(udp, counters, segments=segments, say=say)
 
     def one(self) -> None:
@@ -109,13 +105,14 @@ class Transmitter:
         view = self._view
         head = view[: VNET_LEN + IP_HEADER].tobytes()
         if head[1] != GSO_NONE:
-            self._send_super(0, length)
+            self._add_super(0, length)
+            self._send_sheet()
             return
         # With rubbish these are any bytes.
         peer = self._routes.lookup(head[26:30])
         if (
             peer is None
-            or self._rows
+            or self._sheet is not None
             or length < VNET_LEN + IP_HEADER
             or head[10] >> 4 != 4
             or head[18] <= 1
@@ -287,165 +284,102 @@ class Transmitter:
     # Super-packets
 
     def _send_supers(self, count: int) -> None:
-        """Send what is in the first ``count`` of the super-packets' slots."""
-        lengths, view = self._super_lengths, self._view
-        number = 0
-        while number < count:
-            at, length = self._supers_at + number * _SUPER_STRIDE, lengths[number]
-            if view[at + 1] == GSO_NONE:
-                # One that does not fit into a packet's slot.
-                self.flush()
-                self._count_read(1, length - VNET_LEN)
-                self._send_packet(at, length)
-                number += 1
+        """Cut what is in the first ``count`` of the super-packets' slots, and send most of it."""
+        if not count:
+            return
+        for number in range(count):
+            at, length = self._supers_at + number * _SUPER_STRIDE, self._super_lengths[number]
+            if self._view[at + 1] != GSO_NONE:
+                self._add_super(at, length)
                 continue
-            alike = 1
-            if number + 1 < count:
-                kind = self._kind(at)
-                while number + alike < count and (
-                    lengths[number + alike] == length
-                    and self._kind(at + alike * _SUPER_STRIDE) == kind
-                ):
-                    alike += 1
-            number += self._send_super(at, length, alike)
+            # One that does not fit into a packet's slot.
+            self.flush()
+            self._count_read(1, length - VNET_LEN)
+            self._send_packet(at, length)
+        self._send_sheet()
 
-    def _kind(self, at: int) -> tuple[bytes, bytes]:
-        """Return what must be equal in super-packets that are cut together: also where they go."""
-        packet = at + VNET_LEN
-        return self._view[at : packet + 2].tobytes(), self._view[packet + 16 : packet + 20].tobytes()
-
-    def _send_super(self, at: int, length: int, alike: int = 1) -> int:
-        """Cut a super-packet and send most of it; the rest may wait for the next.
-
-        As many of the ``alike`` that begin with it as can be cut together are. Returns how many.
-        """
-        begin = at + VNET_LEN
-        packet = self._view[begin : at + length]
+    def _add_super(self, at: int, length: int) -> None:
+        """Cut one super-packet; `_send_sheet` is to be called."""
+        begin, end = at + VNET_LEN, at + length
+        packet = self._view[begin:end]
         flags, kind, _, gso, start, _ = VNET.unpack_from(self._view, at)
-        counters = self._counters
         peer = self._route(packet)
         if peer is None:
             self._count_read(1, length - VNET_LEN)
-            return 1
+            return
         if not flags & NEEDS_CSUM:
             # Joined by a driver that has looked at the checksums: nobody says where one begins.
             start = (packet[0] & 15) * 4
         protocol = _PROTOCOLS.get(kind, 0)
         try:
             header = segment.header_length(packet, start, protocol)
-            if not gso:
-                raise segment.BadSuperPacket
+            key = (start, header, protocol, gso)
+            sheet = self._sheets.get(key)
+            if sheet is None:
+                sheet = self._new_sheet(*key)
         except segment.BadSuperPacket:
             self._count_read(1, length - VNET_LEN)
-            counters.drop_malformed += 1
-            return 1
-        packet[8] -= 1
-        first, payload, size = 0, len(packet) - header, header + gso
-        if alike > 1:
-            alike = self._whole(begin, len(packet), alike, start, header, protocol, gso)
-        counters.tun_read_calls += alike
-        counters.tun_read_bytes += alike * len(packet)
-        while first < payload:
-            other = peer is not self._peer or size != self._size
-            if self._rows and (other or len(self._waiting) >= _OUTS - 1):
-                self.flush()
-            key = (begin, alike, len(packet), gso, start, header, protocol, first, self._next_out)
-            cut = self._cuts.get(key)
-            if cut is None:
-                cut = self._new_cut(key)
-            rows = cut.run()
-            counters.tun_read_packets += rows.number
-            first = cut.end
-            self._peer, self._size = peer, size
-            self._flags_at = start + 13 if protocol == TCP else 0
-            self._send_cut(rows)
-        return alike
-
-    def _whole(
-        self, begin: int, length: int, alike: int, start: int, header: int, protocol: int, gso: int
-    ) -> int:
-        """Return how many super-packets from ``begin`` on are cut together; their TTLs are done.
-
-        The first one's is done already. They need equal headers' lengths, no shorter last packet.
-        """
-        rows, rest = divmod(length - header, gso)
-        if rest or rows > segment.ROWS:
-            return 1
-        for number in range(1, alike):
-            at = begin + number * _SUPER_STRIDE
-            packet = self._view[at : at + length]
-            try:
-                if packet[8] <= 1 or segment.header_length(packet, start, protocol) != header:
-                    return number
-            except segment.BadSuperPacket:
-                return number
-            packet[8] -= 1
-        return alike
-
-    def _new_cut(self, key: tuple[int, ...]) -> segment.Cut:
-        begin, alike, length, gso, start, header, protocol, first, out = key
-        memory = self._array[begin:]
-        if alike > 1:
-            memory = self._supers[(begin - self._supers_at) // _SUPER_STRIDE :][:alike]
-            memory = memory[:, VNET_LEN : VNET_LEN + length]
-        else:
-            memory = memory[np.newaxis, :length]
-        cut = segment.Cut(
-            memory,
-            start=start,
-            header=header,
-            protocol=protocol,
-            gso=gso,
-            out=self._outs[out],
-            first=first,
-        )
-        if len(self._cuts) >= _CUTS:
-            del self._cuts[next(iter(self._cuts))]
-        self._cuts[key] = cut
-        return cut
-
-    def _send_cut(self, rows: segment.Rows) -> None:
-        """Send the rows in the current out buffer with those waiting, but not a small rest."""
-        out = self._out_views[self._next_out]
-        self._next_out = (self._next_out + 1) % _OUTS
-        count, size, stride, last = rows
-        peer = self._peer
-        if peer is None:
+            self._counters.drop_malformed += 1
             return
-        limit = self._sender.at_once(size)
-        if stride != size or limit < 2:
+        if self._sheet is not None and (self._sheet is not sheet or self._peer is not peer):
             self.flush()
-            pieces = [out[at : at + size] for at in range(0, count * stride, stride)]
-            pieces[-1] = pieces[-1][:last]
-            self._sender.send(pieces, size, peer)
-            return
-        begin = 0
-        while begin < count:
-            end = min(count, begin + limit - self._rows)
-            final = end == count and last < size
-            stop = (end - 1) * size + last if final else end * size
-            self._waiting.append(out[begin * size : stop])
-            self._rows += end - begin
-            if final or self._rows == limit:
+        packet[8] -= 1
+        source, first = self._array[begin:end], 0
+        while first < len(packet) - header:
+            if sheet.is_full:
                 self.flush()
-            begin = end
-        # Without PSH the sender has more, and fills a super-packet: it is not waiting for this.
-        self.may_wait = bool(
-            self._flags_at
-            and count > limit
-            and self._rows
-            and not out[(count - 1) * size + self._flags_at] & PSH
+            self._sheet, self._peer = sheet, peer
+            first, self._last = sheet.add(source, first)
+        packets = -(-(len(packet) - header) // gso)
+        self._count_read(packets, length - VNET_LEN)
+        # Without PSH the sender has more, and fills a super-packet: it is not waiting for the rest.
+        self._goes_on = bool(
+            protocol == TCP
+            and packets > self._sender.at_once(sheet.size)
+            and not packet[start + 13] & PSH
         )
+        if self._last < sheet.size:
+            # Nothing can follow it in one call.
+            self.flush()
+
+    def _new_sheet(self, start: int, header: int, protocol: int, gso: int) -> segment.Sheet:
+        sheet = segment.Sheet(self._out, start=start, header=header, protocol=protocol, gso=gso)
+        if len(self._sheets) >= _SHEETS:
+            del self._sheets[next(iter(self._sheets))]
+        self._sheets[start, header, protocol, gso] = sheet
+        return sheet
+
+    def _send_sheet(self, *, whole: bool = False) -> None:
+        """Send what was cut, but not a small rest, unless ``whole``."""
+        sheet, peer = self._sheet, self._peer
+        if sheet is None or peer is None:
+            return
+        sheet.finish()
+        size, number = sheet.size, sheet.number
+        limit = self._sender.at_once(size)
+        if sheet.stride != size or limit < 2:
+            # A piece for each, because there is something between them, or no call takes more.
+            pieces = [sheet.packet(row, size) for row in range(number - 1)]
+            self._sender.send([*pieces, sheet.packet(number - 1, self._last)], size, peer)
+            at = number
+        else:
+            at = 0
+            while number - at >= (1 if whole else limit):
+                end = min(number, at + limit)
+                last = self._last if end == number else size
+                self._sender.send([sheet.packets(at, end, last)], size, peer, end - at)
+                at = end
+        sheet.clear(keep=number - at)
+        self.may_wait = self._goes_on and at < number
         if self.may_wait:
             self._waits_since = time.monotonic()
+        if at == number:
+            self._sheet = None
 
     def flush(self) -> None:
-        """Send the rows that wait."""
-        if self._rows and self._peer is not None:
-            self.may_wait = False
-            pieces, count = self._waiting, self._rows
-            self._waiting, self._rows = [], 0
-            self._sender.send(pieces, self._size, self._peer, count)
+        """Send the packets that wait."""
+        if self._sheet is not None:
+            self._send_sheet(whole=True)
 
     def is_overdue(self, now: float) -> bool:
         """Return whether the rows that may wait have waited long enough."""
