@@ -13,6 +13,7 @@ from unittest import mock
 
 import udp_reference as reference
 
+from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import NEEDS_CSUM, VNET, VNET_LEN
 from flanneld.backend.udp.peers import PeerRoute, RouteTable
@@ -81,7 +82,7 @@ def receive(data: bytes) -> None:
 
     receiver = Receiver(
         -1, Incoming(datagrams), routes(), counters,  # type: ignore[arg-type]  # a double
-        mtu=MTU, source_check=True, join_tcp=True, join_udp=True,
+        buffers=Buffers(), source_check=True, join_tcp=True, join_udp=True,
         expired=lambda packet: expired.append(bytes(packet)), say=said.append,
     )  # fmt: skip
     with mock.patch("os.writev", write):
@@ -213,7 +214,7 @@ def transmit(data: bytes) -> None:
     table = routes()
     transmitter = Transmitter(
         -1, outgoing, table, counters,  # type: ignore[arg-type]  # a double
-        mtu=MTU, segments=True, say=said.append,
+        buffers=Buffers(), mtu=MTU, segments=True, say=said.append,
         answer=lambda kind, packet: answers.append((kind, bytes(packet))),
     )  # fmt: skip
     with device(frames):

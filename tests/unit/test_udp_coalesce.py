@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from test_udp_segment import super_packet
 
 from flanneld.backend.udp.batch import ROWS, Batch, Scratch
+from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.coalesce import Coalescer
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import Buffer
 
 TCP, UDP = reference.TCP, reference.UDP
 # As it is after other batches.
-SCRATCH = Scratch(ROWS << 12)
+SCRATCH = Scratch(ROWS << 12, Buffers())
 for used in vars(SCRATCH).values():
     used.view(np.uint8)[...] = 0xA5
 
@@ -30,7 +31,10 @@ class Device:
         self.counters = Counters()
         self.expired: list[bytes] = []
         self.coalescer = Coalescer(
-            self.write, lambda packet: self.expired.append(bytes(packet)), self.counters
+            self.write,
+            lambda packet: self.expired.append(bytes(packet)),
+            self.counters,
+            Buffers(),
         )
 
     def write(self, frame: Sequence[Buffer], packets: int) -> None:
@@ -255,6 +259,14 @@ def test_what_is_pushed_is_written(pushed: set[int]) -> None:
     device.take(packets, in_rows=True)
     check(packets, device)
     assert len(device.frames) == len(pushed) + (23 not in pushed)
+
+
+def test_a_shorter_last_one_is_pushed() -> None:
+    packets = flow(TCP, [100] * 8) + flow(TCP, [60], sequence=805, flags=0x18)
+    device = Device()
+    device.take(packets, in_rows=True)
+    check(packets, device)
+    assert len(device.frames) == 1
 
 
 def test_switched_off_nothing_is_joined() -> None:

@@ -14,6 +14,7 @@ import udp_reference as reference
 from test_udp_coalesce import flow
 from test_udp_segment import super_packet
 
+from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import NEEDS_CSUM, VNET, VNET_PLAIN
 from flanneld.backend.udp.peers import PeerRoute, RouteTable
@@ -89,12 +90,12 @@ class Bench:
         routes.set([PeerRoute(IPv4Network("10.5.2.0/24"), IPv4Address(PEER[0]))])
         self.transmitter = Transmitter(
             ours.fileno(), self.udp, routes, self.counters,  # type: ignore[arg-type]  # a fake
-            mtu=1472, segments=segments, say=self.said.append,
+            buffers=Buffers(), mtu=1472, segments=segments, say=self.said.append,
             answer=lambda kind, packet: self.answers.append((kind, bytes(packet))),
         )  # fmt: skip
         self.receiver = Receiver(
             ours.fileno(), self.udp, routes, self.counters,  # type: ignore[arg-type]  # a fake
-            mtu=1472, source_check=source_check, join_tcp=True, join_udp=True,
+            buffers=Buffers(), source_check=source_check, join_tcp=True, join_udp=True,
             expired=lambda packet: self.answers.append(((11, 0), bytes(packet))),
             say=self.said.append,
         )  # fmt: skip

@@ -93,7 +93,7 @@ def test_payloads_of_zeros_and_ones(byte: int) -> None:
 
 
 def pieces(sheet: segment.Sheet, last: int) -> list[bytes]:
-    sizes = [sheet.size] * (sheet.number - 1) + [last]
+    sizes = [sheet.size] * (sheet.number - 1) + [last] * (sheet.number > 0)
     return [sheet.packet(row, size).tobytes() for row, size in enumerate(sizes)]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.packet import ACK, IP_HEADER, PSH, TCP, UDP, pseudo, swapped, words
 from flanneld.backend.udp.segment import Bytes
 
@@ -46,12 +47,12 @@ class Scratch:
     ``size`` is that of the memory the packets are in.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, buffers: Buffers) -> None:
         # A byte more for each packet.
-        self.padded = np.empty(size + ROWS, np.uint8)
-        self.same = np.empty(ROWS * HEAD // 8, np.uint64)
-        self.heads = np.zeros(ROWS * HEAD, np.uint8)
-        self.sums = np.empty(2 * ROWS, np.uint32)
+        self.padded = np.frombuffer(buffers.take(size + ROWS), np.uint8)
+        self.same = np.frombuffer(buffers.take(ROWS * HEAD), np.uint64)
+        self.heads = np.frombuffer(buffers.take(ROWS * HEAD), np.uint8)
+        self.sums = np.frombuffer(buffers.take(2 * ROWS * 4), np.uint32)
 
 
 class Batch:
@@ -145,9 +146,11 @@ class Batch:
             while pushed >= 0:
                 ends.append(pushed + 1)
                 pushed = flags.find(ACK | PSH, pushed + 1)
-        if len(ends) == 1:
-            return ends
-        return sorted(end for end in set(ends) if end > at)
+        if len(ends) > 1:
+            ends = sorted(set(ends))
+            while ends[0] <= at:
+                del ends[0]
+        return ends
 
     def damaged(self, heads: Sequence[bytes]) -> list[int]:
         """Return which packets have a wrong checksum, or one of UDP that is not there.
@@ -158,13 +161,12 @@ class Batch:
         if self._padded is not None:
             self._padded[:, : self.size] = self._rows
             self._padded[:, self.size] = 0
-        _sum(self._pairs, 1, np.uint32, self._packet_sums)
+        _sum(self._pairs, axis=1, dtype=np.uint32, out=self._packet_sums)
         first = heads[0]
         fixed, addresses = first[:4] + first[6:10], first[12:20]
-        if len(heads) > 1 and any(
-            head[12:20] != addresses or head[:4] + head[6:10] != fixed for head in heads
-        ):
-            return self._damaged_of_many()
+        for head in heads:
+            if head[12:20] != addresses or head[:4] + head[6:10] != fixed:
+                return self._damaged_of_many()
         sums = self._sums
         np.add(self._ids, self._ip_checksums, out=self._ip_sums, dtype=np.uint32)
         # A right IP header adds nothing to its packet's sum.
@@ -180,8 +182,8 @@ class Batch:
     def _damaged_of_many(self) -> list[int]:
         """The same for packets with several addresses or protocols; `_packet_sums` are done."""
         pairs, sums = self._ip_pairs, self._packet_sums
-        _sum(pairs, 1, np.uint32, self._ip_sums)
-        sums += _sum(pairs[:, 6:10], 1, np.uint32)
+        _sum(pairs, axis=1, dtype=np.uint32, out=self._ip_sums)
+        sums += _sum(pairs[:, 6:10], axis=1, dtype=np.uint32)
         # In a little-endian sum the protocol counts 256 times, as it stands there beside the TTL.
         sums += pairs[:, 4] & np.uint16(0xFF00)
         sums += np.uint32(swapped(self.size - IP_HEADER))

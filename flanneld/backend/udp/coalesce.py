@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from flanneld.backend.udp.batch import HEAD, Batch
+from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import (
     ACK,
@@ -60,16 +61,17 @@ class Coalescer:
     off at any time.
     """
 
-    def __init__(self, write: Write, expired: Expired, counters: Counters) -> None:
+    def __init__(
+        self, write: Write, expired: Expired, counters: Counters, buffers: Buffers
+    ) -> None:
         self.tcp = True
         self.udp = True
         self._write = write
         self._expired = expired
         self._counters = counters
-        self._buffer = bytearray(VNET_LEN + LONGEST_PACKET + 1)
-        self._view = memoryview(self._buffer)
+        self._view = buffers.take(VNET_LEN + LONGEST_PACKET + 1)
         self._packet = self._view[VNET_LEN:]
-        self._array = np.frombuffer(self._buffer, np.uint8)[VNET_LEN:]
+        self._array = np.frombuffer(self._view, np.uint8)[VNET_LEN:]
         # Of what is pending; 0 if nothing is.
         self._key = 0
         self._tcp_pending = False
@@ -156,25 +158,25 @@ class Coalescer:
         if not count:
             return
         self._count = self._key = 0
-        buffer, fill, header = self._buffer, self._fill, self._header
+        view, fill, header = self._view, self._fill, self._header
         if count == 1:
-            buffer[:VNET_LEN] = VNET_PLAIN
+            view[:VNET_LEN] = VNET_PLAIN
             decrement_ttl(self._packet)
         else:
             length = fill - IP_HEADER
             tcp = self._tcp_pending
             kind, offset = (GSO_TCPV4, TCP_CSUM) if tcp else (GSO_UDP_L4, UDP_CSUM)
             gso = self._size - header
-            VNET.pack_into(buffer, 0, NEEDS_CSUM, kind, header, gso, IP_HEADER, offset)
+            VNET.pack_into(view, 0, NEEDS_CSUM, kind, header, gso, IP_HEADER, offset)
             ip, total = self._sums
-            _BIG.pack_into(buffer, VNET_LEN + 2, fill)
-            buffer[VNET_LEN + 8] -= 1
-            buffer[VNET_LEN + 10 : VNET_LEN + 12] = checksum(ip + swapped(fill))
+            _BIG.pack_into(view, VNET_LEN + 2, fill)
+            view[VNET_LEN + 8] -= 1
+            view[VNET_LEN + 10 : VNET_LEN + 12] = checksum(ip + swapped(fill))
             if not tcp:
-                _BIG.pack_into(buffer, VNET_LEN + IP_HEADER + 4, length)
+                _BIG.pack_into(view, VNET_LEN + IP_HEADER + 4, length)
             at = VNET_LEN + IP_HEADER + offset
-            _BIG.pack_into(buffer, at, swapped((total + swapped(length)) % 65535))
-        self._write((self._view[: VNET_LEN + fill],), count)
+            _BIG.pack_into(view, at, swapped((total + swapped(length)) % 65535))
+        self._write((view[: VNET_LEN + fill],), count)
 
     def _joinable(self, head: bytes, length: int) -> int:
         """Return the length of the headers of a packet that may be joined, else 0.
@@ -248,11 +250,11 @@ class Coalescer:
             self._count += count
             at += count
             self._sequence = sequence = sequence + count * each & 0xFFFFFFFF
-            if size < self._size:
+            if at == end and tcp and batch.flags(end - 1) & PSH:
+                self._packet[33] |= PSH
                 self.flush()
-        if tcp and batch.flags(end - 1) & PSH:
-            self._packet[33] |= PSH
-            self.flush()
+            elif size < self._size:
+                self.flush()
 
     def _room(self, key: int, sequence: int, length: int) -> int:
         """Return how many packets of this length can be appended."""

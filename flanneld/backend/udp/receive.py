@@ -11,6 +11,7 @@ import numpy as np
 
 from flanneld.backend.udp import segment
 from flanneld.backend.udp.batch import FEW, ROWS, Batch, Scratch
+from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.coalesce import Admit, Coalescer
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import (
@@ -36,7 +37,7 @@ _LEAST = 29
 # queue run over.
 _BUDGET, _BATCH_COST = 64, 8
 # Bytes of packets that are taken in one go, and another call's.
-_ROOM = int(os.environ.get('PYTHON_ROOM', 4)) * LONGEST_PACKET
+_ROOM = 4 * LONGEST_PACKET
 _SIZE = struct.Struct("=i")
 _CONTROL_BYTES = socket.CMSG_SPACE(_SIZE.size)
 
@@ -59,7 +60,7 @@ class Receiver:
         routes: RouteTable,
         counters: Counters,
         *,
-        mtu: int,
+        buffers: Buffers,
         source_check: bool,
         join_tcp: bool,
         join_udp: bool,
@@ -72,13 +73,12 @@ class Receiver:
         self._counters = counters
         self._source_check = source_check
         self._say = say
-        self._coalescer = Coalescer(self._write, expired, counters)
+        self._coalescer = Coalescer(self._write, expired, counters, buffers)
         self._coalescer.tcp = join_tcp
         self._coalescer.udp = join_udp
-        self._arena = bytearray(_ROOM + LONGEST_PACKET + 1)
-        self._view = memoryview(self._arena)
-        self._array = np.frombuffer(self._arena, np.uint8)
-        self._scratch = Scratch(len(self._arena))
+        self._view = buffers.take(_ROOM + LONGEST_PACKET + 1)
+        self._array = np.frombuffer(self._view, np.uint8)
+        self._scratch = Scratch(len(self._view), buffers)
         self._whole = [self._view]
         self._admits: dict[str, Admit] = {}
         self._batches: dict[tuple[int, int, int], Batch] = {}
@@ -93,8 +93,8 @@ class Receiver:
         except OSError:
             # Nothing there, or about something sent earlier.
             return
-        batch = _size_of_each(control) if control else 0
-        packets = -(-length // batch) if 0 < batch < length else 1
+        size = _size_of_each(control, length)
+        packets = self._count(length, size)
         admit = self._admit(address[0])
         if admit is None:
             self._counters.drop_unknown_peer += packets
@@ -102,28 +102,23 @@ class Receiver:
             # Whoever waits for it should not wait for us to look for more to join it with.
             self._coalescer.add(self._view[:length], admit, join=False)
         else:
-            full = length // batch
-            self._take(full, batch, admit)
-            if full * batch < length:
-                self._coalescer.add(self._view[full * batch : length], admit)
-        counters = self._counters
-        counters.udp_receive_calls += 1
-        counters.udp_received_packets += packets
-        counters.udp_received_bytes += length
+            full = length // size
+            self._take(full, size, admit)
+            if full < packets:
+                self._coalescer.add(self._view[full * size : length], admit)
 
     def turn(self) -> bool:
         """Receive and write some packets. Returns whether there may be more.
 
         Raises OSError when the TUN device is gone.
         """
-        receive, view, counters = self._udp.recvmsg_into, self._view, self._counters
-        # At the arena's beginning there are ``rows`` packets of ``size`` bytes from one sender,
+        receive, view = self._udp.recvmsg_into, self._view
+        # At the memory's beginning there are ``rows`` packets of ``size`` bytes from one sender,
         # ``end`` bytes in all: what several calls bring is taken in one go.
-        rows = size = end = received = packets_in = bytes_in = 0
+        rows = size = end = 0
         sender = ""
         admit: Admit | None = None
-        more = True
-        budget = _BUDGET
+        more, budget = True, _BUDGET
         while budget > 0:
             try:
                 length, control, _, address = receive([view[end:]], _CONTROL_BYTES)
@@ -134,16 +129,9 @@ class Receiver:
                 # About something sent earlier, or no memory: reading it has cleared it.
                 budget -= _BATCH_COST
                 continue
-            each = _size_of_each(control) if control else 0
-            if 0 < each < length:
-                packets = -(-length // each)
-                budget -= _BATCH_COST
-            else:
-                each, packets = length, 1
-                budget -= 1
-            received += 1
-            packets_in += packets
-            bytes_in += length
+            each = _size_of_each(control, length)
+            packets = self._count(length, each)
+            budget -= _BATCH_COST if packets > 1 else 1
             if each != size or address[0] != sender:
                 self._take(rows, size, admit)
                 if end:
@@ -153,25 +141,29 @@ class Receiver:
                     sender = address[0]
                     admit = self._admit(sender)
             if admit is None:
-                counters.drop_unknown_peer += packets
+                self._counters.drop_unknown_peer += packets
                 # So that a flood of these cannot keep us from the other side.
                 budget -= _BATCH_COST
                 continue
             full = length // each if each else 0
             rows += full
-            rest = end + full * each
-            end += length
-            if rest < end or end > _ROOM or not each:
-                # The shorter last one of several.
+            shorter, end = end + full * each, end + length
+            if full < packets or end > _ROOM:
                 self._take(rows, size, admit)
-                if rest < end or not each:
-                    self._coalescer.add(view[rest:end], admit)
+                if full < packets:
+                    self._coalescer.add(view[shorter:end], admit)
                 rows = end = 0
         self._take(rows, size, admit)
-        counters.udp_receive_calls += received
-        counters.udp_received_packets += packets_in
-        counters.udp_received_bytes += bytes_in
         return more
+
+    def _count(self, length: int, size: int) -> int:
+        """Count what a call received; returns the number of packets."""
+        packets = -(-length // size) if size else 1
+        counters = self._counters
+        counters.udp_receive_calls += 1
+        counters.udp_received_packets += packets
+        counters.udp_received_bytes += length
+        return packets
 
     def flush(self) -> None:
         """Write what is pending."""
@@ -254,9 +246,10 @@ def _of_sender(routes: RouteTable, sender: str) -> Admit:
     return is_of_sender
 
 
-def _size_of_each(control: Sequence[tuple[int, int, bytes]]) -> int:
-    """Return the size of the datagrams that were received in one call, 0 if it was one."""
+def _size_of_each(control: Sequence[tuple[int, int, bytes]], length: int) -> int:
+    """Return the size of the datagrams that came with one call; the last can be shorter."""
     for level, kind, data in control:
         if level == socket.IPPROTO_UDP and kind == UDP_GRO and len(data) == _SIZE.size:
-            return int(_SIZE.unpack(data)[0])
-    return 0
+            size = int(_SIZE.unpack(data)[0])
+            return size if 0 < size < length else length
+    return length

@@ -149,7 +149,7 @@ class Sheet:
         if self._pads is not None:
             self._pads[at:end] = 0
         # The sums run over the whole rows: a valid IP header adds nothing to them.
-        totals = _sum(self._pairs[at:end], 1, np.uint32, self._totals[at:end])
+        totals = _sum(self._pairs[at:end], axis=1, dtype=np.uint32, out=self._totals[at:end])
         if self._protocol == TCP:
             # 1..65535 instead of 0..65534: the sum of anything but zeros folds to at least 1.
             totals -= _ONE

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from flanneld.backend.udp import segment
+from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.icmp import NET_UNREACHABLE, TIME_EXCEEDED
 from flanneld.backend.udp.packet import (
@@ -36,12 +37,16 @@ _SUPERS = 4
 _SUPER_STRIDE = 1 << 16 | 1 << 7
 # Below this many packets numpy's fixed cost is more than a loop's.
 _FEW = 4
-# The super-packets' payload, what is left of those before, and a header, at most 120 bytes and one to make it even, for each row.
+# The super-packets' payload, what is left of those before, and for each packet a header: at most
+# 120 bytes and one to make it even.
 _OUT_BYTES = (_SUPERS + 1) * LONGEST_PACKET + segment.ROWS * 122
 # Sheets remembered.
 _SHEETS = 64
 # How long the rest of a long super-packet waits for the next one.
 PATIENCE_MS = 1
+
+# Of a packet in its slot: the virtio header, the first byte, the destination.
+_KIND = np.frombuffer(b"\xff" * (VNET_LEN + 1) + bytes(15) + b"\xff" * 4 + bytes(2), np.uint64)
 
 _PROTOCOLS = {GSO_TCPV4: TCP, GSO_TCPV4 | GSO_ECN: TCP, GSO_UDP_L4: UDP}
 
@@ -56,6 +61,7 @@ class Transmitter:
         routes: RouteTable,
         counters: Counters,
         *,
+        buffers: Buffers,
         mtu: int,
         segments: bool,
         answer: Callable[[tuple[int, int], memoryview], None],
@@ -72,11 +78,11 @@ class Transmitter:
         self._stride = min(16384, (VNET_LEN + mtu + 64) // 64 * 64)
         # First the packets' slots, then those of super-packets.
         self._supers_at = SLOTS * self._stride
-        arena = bytearray(self._supers_at + _SUPERS * _SUPER_STRIDE)
-        self._view = memoryview(arena)
-        self._array = np.frombuffer(arena, np.uint8)
+        self._view = buffers.take(self._supers_at + _SUPERS * _SUPER_STRIDE)
+        self._array = np.frombuffer(self._view, np.uint8)
         matrix = self._array[: SLOTS * self._stride].reshape(SLOTS, self._stride)
         self._packets = matrix[:, VNET_LEN:]
+        self._kinds = matrix[:, : _KIND.nbytes].view(np.uint64)
         self._slots = [[self._view[slot * self._stride :]] for slot in range(SLOTS)]
         self._lengths = [0] * SLOTS
         self._super_slots = [
@@ -86,7 +92,7 @@ class Transmitter:
         # The last that was read was a super-packet: so will the next be.
         self._in_bulk = False
         # Super-packets are cut into this.
-        self._out = np.frombuffer(bytearray(_OUT_BYTES), np.uint8)
+        self._out = np.frombuffer(buffers.take(_OUT_BYTES), np.uint8)
         self._sheets: dict[tuple[int, int, int, int], segment.Sheet] = {}
         # The one with packets in it that are not sent yet, where they go and how long the last is.
         self._sheet: segment.Sheet | None = None
@@ -206,7 +212,7 @@ class Transmitter:
         if not count:
             return
         self.flush()
-        lengths, stride, view = self._lengths, self._stride, self._view
+        lengths, stride = self._lengths, self._stride
         self._counters.tun_read_calls += count
         self._counters.tun_read_packets += count
         self._counters.tun_read_bytes += sum(lengths[:count]) - count * VNET_LEN
@@ -214,14 +220,31 @@ class Transmitter:
             for slot in range(count):
                 self._send_packet(slot * stride, lengths[slot])
             return
+        for peer, slots in self._groups(count):
+            if peer is None or len(slots) < _FEW or not self._send_alike(slots, peer):
+                for slot in slots:
+                    self._send_packet(slot * stride, lengths[slot])
+
+    def _groups(self, count: int) -> list[tuple[Peer | None, list[int]]]:
+        """Return the packets in the first ``count`` slots by where they go and what they are.
+
+        Those of a group are of one length, with equal virtio headers. Packets to one peer stay in
+        order; those to different peers need not.
+        """
+        lengths, stride, view = self._lengths, self._stride, self._view
         lookup = self._routes.lookup
-        # Packets to one peer stay in order; those to different peers need not.
+        if lengths[:count].count(lengths[0]) == count:
+            kinds = (self._kinds[:count] & _KIND).tobytes()
+            if kinds[: _KIND.nbytes] * count == kinds:
+                # As a rule; three times as fast.
+                target = view[VNET_LEN + 16 : VNET_LEN + 20].tobytes()
+                return [(lookup(target), [*range(count)])]
         groups: list[tuple[Peer | None, list[int]]] = []
         latest: dict[Peer | None, tuple[int, bytes, list[int]]] = {}
         for slot in range(count):
             at = slot * stride
             length = lengths[slot]
-            # With IPv6 and with rubbish these are any bytes; it is sorted out below.
+            # With IPv6 and with rubbish these are any bytes; it is sorted out later.
             peer = lookup(view[at + VNET_LEN + 16 : at + VNET_LEN + 20].tobytes())
             header = view[at : at + VNET_LEN + 1].tobytes()
             group = latest.get(peer)
@@ -231,10 +254,7 @@ class Transmitter:
                 slots = [slot]
                 latest[peer] = (length, header, slots)
                 groups.append((peer, slots))
-        for peer, slots in groups:
-            if peer is None or len(slots) < _FEW or not self._send_alike(slots, peer):
-                for slot in slots:
-                    self._send_packet(slot * stride, lengths[slot])
+        return groups
 
     def _send_alike(self, slots: list[int], peer: Peer) -> bool:
         """Send packets of one length, with equal virtio headers, to one peer.

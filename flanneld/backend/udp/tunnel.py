@@ -14,6 +14,7 @@ import time
 
 from flanneld import memory
 from flanneld.backend.udp import control, icmp, privileges
+from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.control import ENDED, FAILED, TUN_LOST, Message, Op, Settings
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.peers import PeerRoute, RouteTable
@@ -47,11 +48,13 @@ class Tunnel:
         self._parts: list[PeerRoute] = []
         self._knows_all = False
         offload = Offload(settings.offload)
+        buffers = Buffers()
         self._transmitter = Transmitter(
             self._tun,
             self._udp,
             self._routes,
             self._counters,
+            buffers=buffers,
             mtu=settings.mtu,
             segments=Offload.SEGMENT in offload,
             answer=self._answer,
@@ -62,7 +65,7 @@ class Tunnel:
             self._udp,
             self._routes,
             self._counters,
-            mtu=settings.mtu,
+            buffers=buffers,
             source_check=settings.source_check,
             join_tcp=Offload.JOIN_TCP in offload,
             join_udp=Offload.JOIN_UDP in offload,
