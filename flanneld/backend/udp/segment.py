@@ -39,6 +39,7 @@ _SUM = (-_COUNT[: 65536 + 2 * ROWS] % 65535).astype(np.uint16).byteswap()
 _ROW = _COUNT[:ROWS].astype(np.uint32)
 del _COUNT
 _ONE, _MODULUS = np.uint32(1), np.uint32(65535)
+_CARRIES, _STEP = np.uint16(0xFFFE), np.uint16(1)
 _NONE = b"\0\0"
 _sum = np.add.reduce
 
@@ -244,7 +245,8 @@ def complete_checksums(rows: Bytes, start: int, offset: int) -> None:
 def decrement_ttls(rows: Bytes) -> None:
     """Take one off every row's TTL (all at least 1) and correct the header checksums."""
     rows[:, 8] -= 1
-    pairs = rows.view(np.uint16)
-    total = pairs[:, 5].byteswap().astype(np.uint32) + 0x0100
-    total += total >= 0xFFFF
-    pairs[:, 5] = total.astype(np.uint16).byteswap()
+    # The TTL is the lower byte of a little-endian word; see `packet.decrement_ttl`.
+    sums = rows.view(np.uint16)[:, 5]
+    carry = sums >= _CARRIES
+    sums += _STEP
+    sums += carry

@@ -274,7 +274,7 @@ class Transmitter:
             rows = self._packets[slots[0] : slots[-1] + 1, :even]
         else:
             rows = self._packets[slots, :even]
-        if int(rows[:, 8].min()) <= 1:
+        if int(np.minimum.reduce(rows[:, 8])) <= 1:
             return False
         segment.decrement_ttls(rows)
         if flags & NEEDS_CSUM:
