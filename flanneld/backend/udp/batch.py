@@ -173,10 +173,12 @@ class Batch:
         self._packet_sums += np.uint32(pseudo(addresses, first[9], self.size - IP_HEADER))
         self._ip_sums += np.uint32(words(fixed + addresses))
         np.remainder(sums, _MODULUS, sums)
-        if np.count_nonzero(sums):
-            return np.flatnonzero(sums.any(axis=0)).tolist()
-        if first[9] == UDP and np.count_nonzero(self._udp_checksums) < self.count:
-            return np.flatnonzero(self._udp_checksums == 0).tolist()
+        udp = first[9] == UDP
+        if np.count_nonzero(sums) or (udp and np.count_nonzero(self._udp_checksums) < self.count):
+            wrong = sums.any(axis=0)
+            if udp:
+                wrong |= self._udp_checksums == 0
+            return np.flatnonzero(wrong).tolist()
         return []
 
     def _damaged_of_many(self) -> list[int]:
