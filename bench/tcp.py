@@ -11,6 +11,10 @@ from typing import Self
 
 from lab.namespaces import Namespace
 
+# What Linux comes with, whatever this machine has been set to: another one may pace, and so decide
+# about the figures instead of what is measured.
+CONGESTION = "cubic"
+
 _CHUNK = 1 << 20
 # Seconds the other end may be silent; a stuck connection must not hang the benchmark.
 _SILENCE = 10.0
@@ -36,6 +40,7 @@ class Stream:
                 lambda: socket.create_connection(where, _SILENCE, source_address=own)
             )
             self._far, _ = listener.accept()
+        self._near.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION.encode())
         self._far.settimeout(_SILENCE)
         self._buffer = memoryview(bytearray(_CHUNK))
 

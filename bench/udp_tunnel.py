@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.pairs import KINDS, Ends, Pair, build, make_pair
+from bench.tcp import CONGESTION
 from lab import Lab, needs
 from lab.process import end
 
 PORT = 5001
-# Of TCP: what Linux comes with, whatever this machine has been set to.
-CONGESTION = "cubic"
 
 
 @dataclass(frozen=True)
