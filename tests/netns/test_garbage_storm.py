@@ -31,9 +31,9 @@ from lab.wait import NotInTime
 
 WARM_UP, STORM = 800, 2400
 
-# KiB. What Python's own memory for small objects and a thread's stack may take once: as a rule it is
-# 300, but Python takes memory by the MiB, and 1,050 was seen. With the C library left to itself it
-# was 1,400 to 2,700; one value kept of each write would be some 4 MB.
+# KiB. What Python's own memory for small objects and a thread's stack may take once: as a rule it
+# is 300, but Python takes memory by the MiB, and 1,050 was seen. With the C library left to itself
+# it was 1,400 to 2,700; one value kept of each write would be some 4 MB.
 SLACK = 1300
 
 # Keys; with their nonsense that is a list of leases of 3 MB.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_udp_segment import super_packet
 
-from flanneld.backend.udp.batch import ROWS, Batch, Scratch
+from flanneld.backend.udp.batch import BATCH_ROWS, Batch, Scratch
 from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.coalesce import Coalescer
 from flanneld.backend.udp.counters import Counters
@@ -18,7 +18,7 @@ from flanneld.backend.udp.packet import Buffer
 
 TCP, UDP = reference.TCP, reference.UDP
 # As it is after other batches.
-SCRATCH = Scratch(ROWS << 12, Buffers())
+SCRATCH = Scratch(BATCH_ROWS << 12, Buffers())
 for used in vars(SCRATCH).values():
     used.view(np.uint8)[...] = 0xA5
 
@@ -48,7 +48,7 @@ class Device:
         while at < len(packets):
             size = len(packets[at])
             end = at
-            while end < len(packets) and len(packets[end]) == size and end - at < ROWS:
+            while end < len(packets) and len(packets[end]) == size and end - at < BATCH_ROWS:
                 end += 1
             if in_rows and size >= 29:
                 memory = np.frombuffer(bytearray(b"".join(packets[at:end])), np.uint8)
@@ -269,6 +269,49 @@ def test_a_shorter_last_one_is_pushed() -> None:
     assert len(device.frames) == 1
 
 
+def test_no_checksum_beside_a_damaged_packet() -> None:
+    """The sum of the fourth is right with 0 in its field, which means that there is none."""
+    packets = flow(UDP, [100] * 8)
+    data = bytearray(packets[3])
+    data[26:28] = b"\0\0"
+    data[28:30] = b"\0\0"
+    pseudo = bytes(data[12:20]) + struct.pack("!BBH", 0, UDP, len(data) - 20)
+    rest = reference.ones_sum(pseudo + bytes(data[20:]))
+    data[28:30] = struct.pack("!H", 0xFFFF - rest)
+    packets[3] = bytes(data)
+    damaged = bytearray(packets[6])
+    damaged[60] ^= 1
+    packets[6] = bytes(damaged)
+    device = Device()
+    device.take(packets, in_rows=True)
+    check(packets, device)
+    assert (bytes(10), reference.less_ttl(packets[3])) in device.frames
+
+
+def test_what_cannot_be_joined_comes_first() -> None:
+    first = [
+        reference.with_checksums(bytes([0x45, tos]) + flow(UDP, [100])[0][2:6] + b"\0\0" + rest[8:])
+        for tos, rest in ((0, flow(UDP, [100])[0]), (4, flow(UDP, [100])[0]))
+    ]
+    packets = first + flow(UDP, [100] * 6)
+    device = Device()
+    device.take(packets, in_rows=True)
+    check(packets, device)
+    assert len(device.frames) == 3
+
+
+@pytest.mark.parametrize("damaged", [range(1, 24), range(0, 24, 2), range(5)])
+def test_many_damaged_packets(damaged: range) -> None:
+    packets = flow(TCP, [100] * 24)
+    for number in damaged:
+        data = bytearray(packets[number])
+        data[60] ^= 1
+        packets[number] = bytes(data)
+    device = Device()
+    device.take(packets, in_rows=True)
+    check(packets, device)
+
+
 def test_switched_off_nothing_is_joined() -> None:
     packets = flow(TCP, [100] * 8) + flow(UDP, [100] * 8)
     device = Device()
@@ -286,4 +329,4 @@ def test_packets_of_odd_sizes_are_found_intact_at_once(size: int) -> None:
     memory = np.frombuffer(bytearray(b"".join(full)), np.uint8)
     batch = Batch(memory, len(full), size, SCRATCH)
     assert batch.ends(0, TCP, 40) == [len(full)] != [4]
-    assert batch.damaged([batch.head(0)]) == []
+    assert not batch.damaged([batch.head(0)])

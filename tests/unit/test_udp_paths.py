@@ -8,12 +8,16 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
+from types import SimpleNamespace
 
 import pytest
 import udp_reference as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_udp_coalesce import flow
 from test_udp_segment import super_packet
 
+from flanneld.backend.udp import transmit
 from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.counters import Counters
 from flanneld.backend.udp.packet import NEEDS_CSUM, VNET, VNET_PLAIN
@@ -22,7 +26,7 @@ from flanneld.backend.udp.receive import Receiver
 from flanneld.backend.udp.transmit import Transmitter
 
 TCP, UDP = reference.TCP, reference.UDP
-PEER = ("10.97.0.2", 8285)
+PEER, OTHER = ("10.97.0.2", 8285), ("10.97.0.3", 8285)
 
 
 @dataclass
@@ -32,32 +36,35 @@ class Socket:
     refuse: Callable[[int, int], int] = lambda _size, _count: 0
     """errno for a send of packets of this size, so many at once; 0 lets it pass."""
     sent: list[bytes] = field(default_factory=list)
+    sent_to: dict[object, list[bytes]] = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)
     incoming: list[tuple[bytes, int, str]] = field(default_factory=list)
     errors: list[int] = field(default_factory=list)
+    receives: int = 0
 
     def sendmsg(
         self, pieces: list[bytes], control: list[tuple[int, int, bytes]], _flags: int, to: object
     ) -> int:
-        assert to == PEER
         data = b"".join(pieces)
         size = struct.unpack("=H", control[0][2])[0]
         packets = [data[at : at + size] for at in range(0, len(data), size)]
         assert len(packets) <= 64
         assert len(data) <= 65507
-        self._pass(packets, size)
+        assert all(len(packet) == size for packet in packets[:-1])
+        self._pass(packets, size, to)
         return len(data)
 
     def sendto(self, packet: bytes, to: object) -> int:
-        assert to == PEER
-        self._pass([bytes(packet)], len(packet))
+        self._pass([bytes(packet)], len(packet), to)
         return len(packet)
 
-    def _pass(self, packets: list[bytes], size: int) -> None:
+    def _pass(self, packets: list[bytes], size: int, to: object) -> None:
         number = self.refuse(size, len(packets))
         if number:
             raise OSError(number, os.strerror(number))
+        assert to in (PEER, OTHER)
         self.sent += packets
+        self.sent_to.setdefault(to, []).extend(packets)
         self.calls.append(len(packets))
 
     def recvmsg_into(
@@ -67,7 +74,10 @@ class Socket:
             raise BlockingIOError
         if self.errors:
             raise OSError(self.errors.pop(), "an error")
+        self.receives += 1
         data, size, sender = self.incoming.pop(0)
+        # The kernel would cut it off.
+        assert len(data) <= len(buffers[0])
         buffers[0][: len(data)] = data
         control = [(socket.IPPROTO_UDP, 104, struct.pack("=i", size))] if size else []
         return len(data), control, 0, (sender, 1234)
@@ -87,7 +97,10 @@ class Bench:
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         routes = RouteTable(8285)
-        routes.set([PeerRoute(IPv4Network("10.5.2.0/24"), IPv4Address(PEER[0]))])
+        routes.set(
+            PeerRoute(IPv4Network(f"10.5.{number}.0/24"), IPv4Address(peer[0]))
+            for number, peer in ((2, PEER), (3, OTHER))
+        )
         self.transmitter = Transmitter(
             ours.fileno(), self.udp, routes, self.counters,  # type: ignore[arg-type]  # a fake
             buffers=Buffers(), mtu=1472, segments=segments, say=self.said.append,
@@ -206,6 +219,114 @@ def test_a_packet_longer_than_a_slot_does_not_overtake_what_waits(bench: Bench) 
     first, second = super_packet(TCP, bytes(1420 * 45)), super_packet(TCP, bytes(3000))
     bench.transmit(tso(first, 1420), VNET_PLAIN + second)
     assert bench.udp.sent == [*expected([first], 1420), routed(second)]
+
+
+def sent_to(packet: bytes, subnet: int) -> bytes:
+    """The packet with a destination in another subnet."""
+    return reference.with_ip_checksum(packet[:16] + bytes((10, 5, subnet, 2)) + packet[20:])
+
+
+def plain(packet: bytes) -> bytes:
+    return VNET_PLAIN + reference.with_checksums(packet)
+
+
+# How many, of which protocol, to which subnet, cut into what (0: packets as they are), how long.
+# Of some kinds there are often several in a row.
+frames = st.tuples(
+    st.sampled_from([1, 1, 2, 5, 20]),
+    st.sampled_from([TCP, UDP]),
+    st.sampled_from([2, 2, 3, 9]),
+    st.sampled_from(
+        [
+            *((1420, 64_000), (1420, 64_000), (1420, 2840), (101, 5000), (8, 4000)),
+            *((0, 100), (0, 101), (0, 4000)),
+        ]
+    ),
+)
+FLUSH, ONE = -1, 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(frames, st.sampled_from([None, FLUSH, ONE, 1, 3, 64])), min_size=1, max_size=10
+    ),
+    st.booleans(),
+)
+def test_everything_reaches_its_peer_in_order(
+    steps: list[tuple[tuple[int, int, int, tuple[int, int]], int | None]], segments: bool
+) -> None:
+    """Super-packets and packets to two peers and to nobody, read and flushed in any rhythm."""
+    bench = Bench(segments=segments)
+    waiting: list[bytes] = []
+
+    def read(_fd: int, buffers: list[memoryview]) -> int:
+        if not waiting:
+            raise BlockingIOError
+        frame = waiting.pop(0)
+        buffers[0][: len(frame)] = frame
+        return len(frame)
+
+    wanted: dict[object, list[bytes]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "readv", read)
+        for number, ((count, protocol, subnet, (gso, length)), action) in enumerate(steps):
+            packet = super_packet(protocol, bytes([number]) * length, identity=65500 + number)
+            packet = sent_to(packet, subnet)
+            whole = reference.with_checksums(packet)
+            frame = tso(packet, gso) if gso else VNET_PLAIN + whole
+            waiting += [frame] * count
+            if subnet != 9:
+                made = expected([packet], gso) if gso else [routed(whole)]
+                wanted.setdefault(PEER if subnet == 2 else OTHER, []).extend(made * count)
+            if action == ONE:
+                bench.transmitter.one()
+            elif action == FLUSH:
+                bench.transmitter.flush()
+            elif action is not None:
+                bench.transmitter.turn(action)
+        while bench.transmitter.turn():
+            pass
+        bench.transmitter.flush()
+    bench.kernel.close()
+    bench.ours.close()
+    assert bench.udp.sent_to == wanted
+    counters = bench.counters
+    assert counters.tun_read_packets == counters.udp_sent_packets + sum(counters.drops.values())
+
+
+def test_alike_but_for_where_they_go_or_their_checksums(bench: Bench) -> None:
+    packets = [flow(UDP, [100])[0]] * 5
+    others = [sent_to(packet, 3) for packet in packets]
+    unfinished = VNET.pack(NEEDS_CSUM, 0, 0, 0, 20, 6) + packets[0][:26] + b"\0\0" + packets[0][28:]
+    frames = [plain(p) for pair in zip(packets, others, strict=True) for p in pair]
+    bench.transmit(*frames, unfinished, *(VNET_PLAIN + packet for packet in packets))
+    assert bench.udp.sent_to[OTHER] == [routed(plain(p)[10:]) for p in others]
+    assert bench.udp.sent_to[PEER][:5] == [routed(p) for p in packets]
+    assert bench.udp.sent_to[PEER][6:] == [routed(p) for p in packets]
+
+
+def test_what_goes_nowhere_does_not_make_others_wait(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [5.0]
+    monkeypatch.setattr(transmit, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    bench.kernel.send(tso(super_packet(TCP, bytes(1420 * 45)), 1420))
+    bench.transmitter.turn()
+    assert bench.transmitter.may_wait
+    for _ in range(4):
+        clock[0] += 0.0005
+        bench.kernel.send(tso(sent_to(super_packet(UDP, bytes(5000)), 9), 1000))
+        bench.transmitter.turn()
+    assert bench.transmitter.is_overdue(clock[0])
+
+
+def test_a_turn_reads_only_so_many_super_packets(bench: Bench) -> None:
+    packet = super_packet(TCP, bytes(3000))
+    for frame in [tso(packet, 1000), plain(flow(UDP, [9])[0])] * 5:
+        bench.kernel.send(frame)
+    assert bench.transmitter.turn()
+    assert bench.counters.tun_read_packets == 4 * 3 + 3
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP])
@@ -387,6 +508,74 @@ def test_a_device_that_is_gone_is_an_error(bench: Bench, monkeypatch: pytest.Mon
     bench.udp.incoming = incoming(from_peer(flow(TCP, [500] * 30)))
     with pytest.raises(OSError, match="bad state"):
         bench.receive()
+
+
+def test_many_small_packets_and_much_at_once(bench: Bench) -> None:
+    """More packets than one batch holds, more bytes than are taken in one go."""
+    small = from_peer(flow(TCP, [100] * 480))
+    large = from_peer(flow(TCP, [1420] * 44 * 6, sequence=9))
+    for packets, count in ((small, 120), (large, 44)):
+        bench.udp.incoming = [
+            call
+            for at in range(0, len(packets), count)
+            for call in incoming(packets[at : at + count])
+        ]
+        written = bench.receive()
+        again = [
+            p for frame in written for p in reference.segment(frame[10:], len(packets[0]) - 40)
+        ]
+        assert [p[12:] for p in again] == [p[12:] for p in packets]
+
+
+def test_one_call_with_several(bench: Bench) -> None:
+    packets = from_peer(flow(TCP, [500] * 30 + [13]))
+    bench.udp.incoming = incoming(packets)
+    bench.receiver.one()
+    bench.receiver.flush()
+    frame = bench.kernel.recv(70_000)
+    assert [p[12:] for p in reference.segment(frame[10:], 500)] == [p[12:] for p in packets]
+    assert bench.counters.udp_received_packets == 31
+    assert bench.counters.udp_receive_calls == 1
+
+
+@pytest.mark.parametrize(("sender", "calls"), [("10.97.0.77", 8), (PEER[0], 8)])
+def test_a_turn_receives_only_so_much(bench: Bench, sender: str, calls: int) -> None:
+    packets = from_peer(flow(TCP, [100] * 10))
+    bench.udp.incoming = incoming(packets, sender) * 30
+    assert bench.receiver.turn()
+    assert bench.udp.receives <= calls
+
+
+def test_no_device_refuses_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.writev
+
+    def writev(fd: int, parts: list[memoryview]) -> int:
+        if b"".join(parts)[1]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(fd, parts)
+
+    monkeypatch.setattr(os, "writev", writev)
+    packets = from_peer(flow(TCP, [1420] * 180))
+    bench.udp.incoming = [
+        call for at in range(0, 180, 44) for call in incoming(packets[at : at + 44])
+    ]
+    assert [frame[10:] for frame in bench.receive()] == [reference.less_ttl(p) for p in packets]
+    assert len(bench.said) == 1
+
+
+def test_batches_of_many_shapes_do_not_fill_the_memory(bench: Bench) -> None:
+    bench.receiver._source_check = False
+    tracemalloc.start()
+    for size in range(1000, 1640):
+        options = bytes(size % 11 * 4)
+        packet = super_packet(TCP, bytes(8 * (size - 40 - len(options))), tcp_options=options)
+        packets = reference.segment(packet, size - 40 - len(options))
+        bench.udp.incoming = incoming(packets)
+        bench.receive()
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bench.counters.tun_written_packets == 640 * 8
+    assert used < 1 << 20
 
 
 def test_batches_of_many_odd_sizes_do_not_fill_the_memory(bench: Bench) -> None:

@@ -160,7 +160,12 @@ def test_several_on_one_sheet(
     assert made + pieces(sheet, last) == wanted
 
 
-@given(st.binary(max_size=200), st.integers(0, 100), st.sampled_from([TCP, UDP]), st.integers(0, 9))
+@given(
+    st.binary(max_size=200),
+    st.integers(0, 100),
+    st.sampled_from([TCP, UDP]),
+    st.integers(0, 9) | st.integers(65000, 65535),
+)
 def test_rubbish_is_refused_or_cut(data: bytes, start: int, protocol: int, gso: int) -> None:
     source = np.frombuffer(bytearray(data), np.uint8)
     try:

@@ -10,14 +10,14 @@ from flanneld.backend.udp.packet import ACK, IP_HEADER, PSH, TCP, UDP, pseudo, s
 from flanneld.backend.udp.segment import Bytes
 
 # The most packets in a `Batch`.
-ROWS = 320
+BATCH_ROWS = 320
 # Below this many packets numpy's fixed cost is more than a loop's.
 FEW = 4
 # The part of the headers that is compared: IP and TCP with all options.
 HEAD = 80
 
 _MODULUS = np.uint32(65535)
-_NUMBERS = np.arange(ROWS, dtype=np.uint32)
+_NUMBERS = np.arange(BATCH_ROWS, dtype=np.uint32)
 _sum = np.add.reduce
 
 
@@ -42,25 +42,25 @@ _MASKS = {
 
 
 class Scratch:
-    """What all batches of a receiver compute in; nothing is kept there.
+    """What all batches of a receiver compute in: one batch at a time, see `Batch.damaged`.
 
     ``size`` is that of the memory the packets are in.
     """
 
     def __init__(self, size: int, buffers: Buffers) -> None:
         # A byte more for each packet.
-        self.padded = np.frombuffer(buffers.take(size + ROWS), np.uint8)
-        self.same = np.frombuffer(buffers.take(ROWS * HEAD), np.uint64)
-        self.heads = np.frombuffer(buffers.take(ROWS * HEAD), np.uint8)
-        self.sums = np.frombuffer(buffers.take(2 * ROWS * 4), np.uint32)
+        self.padded = np.frombuffer(buffers.take(size + BATCH_ROWS), np.uint8)
+        self.same = np.frombuffer(buffers.take(BATCH_ROWS * HEAD), np.uint64)
+        self.heads = np.frombuffer(buffers.take(BATCH_ROWS * HEAD), np.uint8)
+        self.sums = np.frombuffer(buffers.take(2 * BATCH_ROWS * 4), np.uint32)
 
 
 class Batch:
     """Received packets of one size in memory, with all views of it made beforehand.
 
     ``memory`` begins with the first packet, whose address is even if ``size`` is; there are
-    ``count`` of them, at most ROWS, one after the other. The same object serves all batches of
-    this shape in the same place.
+    ``count`` of them, at most BATCH_ROWS, one after the other. The same object serves all batches
+    of this shape in the same place.
     """
 
     def __init__(self, memory: Bytes, count: int, size: int, scratch: Scratch) -> None:
@@ -94,7 +94,8 @@ class Batch:
         # Of packets, of IP headers.
         self._sums = scratch.sums[: 2 * count].reshape(2, count)
         self._packet_sums, self._ip_sums = self._sums
-        self._payloads: dict[int, Bytes] = {}
+        self._payloads = self._rows
+        self._payloads_header = 0
 
     def packet(self, row: int) -> memoryview:
         """Return a packet."""
@@ -112,11 +113,9 @@ class Batch:
 
     def payloads(self, at: int, end: int, header: int) -> Bytes:
         """Return what follows the headers in some packets."""
-        # A view costs more than finding it again.
-        found = self._payloads.get(header)
-        if found is None:
-            found = self._payloads[header] = self._rows[:, header:]
-        return found if end - at == self.count else found[at:end]
+        if header != self._payloads_header:
+            self._payloads, self._payloads_header = self._rows[:, header:], header
+        return self._payloads if end - at == self.count else self._payloads[at:end]
 
     def ends(self, at: int, protocol: int, header: int) -> list[int]:
         """Look at the packets anew; return where runs of like ones end, from packet ``at`` on.
@@ -152,11 +151,11 @@ class Batch:
                 del ends[0]
         return ends
 
-    def damaged(self, heads: Sequence[bytes]) -> list[int]:
+    def damaged(self, heads: Sequence[bytes]) -> set[int]:
         """Return which packets have a wrong checksum, or one of UDP that is not there.
 
-        ``heads`` are the beginnings of all `runs <ends>`. Packets that cannot be joined may be
-        among the damaged or not.
+        ``heads`` are the beginnings of all runs that `ends`, called just before, has found.
+        Packets that cannot be joined may be among the damaged or not.
         """
         if self._padded is not None:
             self._padded[:, : self.size] = self._rows
@@ -178,10 +177,10 @@ class Batch:
             wrong = sums.any(axis=0)
             if udp:
                 wrong |= self._udp_checksums == 0
-            return np.flatnonzero(wrong).tolist()
-        return []
+            return set(np.flatnonzero(wrong).tolist())
+        return set()
 
-    def _damaged_of_many(self) -> list[int]:
+    def _damaged_of_many(self) -> set[int]:
         """The same for packets with several addresses or protocols; `_packet_sums` are done."""
         pairs, sums = self._ip_pairs, self._packet_sums
         _sum(pairs, axis=1, dtype=np.uint32, out=self._ip_sums)
@@ -192,7 +191,7 @@ class Batch:
         np.remainder(self._sums, _MODULUS, self._sums)
         wrong = self._sums.any(axis=0)
         wrong |= (pairs[:, 4] >> 8 == UDP) & (self._udp_checksums == 0)
-        return np.flatnonzero(wrong).tolist()
+        return set(np.flatnonzero(wrong).tolist())
 
 
 def _changes(different: NDArray[np.bool_]) -> list[int]:

@@ -30,7 +30,8 @@ class Buffers:
 
 def _map(size: int) -> memoryview:
     """Return memory of a multiple of a huge page's size, and at such an address."""
-    mapped = mmap.mmap(-1, size + _HUGE)
+    # Shared memory, as without flags, has huge pages on no host by itself.
+    mapped = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # A kernel without huge pages says so.
     with suppress(OSError):
         mapped.madvise(mmap.MADV_HUGEPAGE)

@@ -138,6 +138,11 @@ class Coalescer:
         if len(ends) > 1:
             heads += map(batch.head, ends[:-1])
         damaged = batch.damaged(heads)
+        if 2 * len(damaged) > count - at:
+            # Then this takes longer than one by one.
+            for row in range(at, count):
+                self.add(batch.packet(row), admit)
+            return
         if damaged:
             # Each is a run of its own.
             ends = sorted({*ends, *damaged, *(row + 1 for row in damaged)} - {*range(at + 1)})

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from flanneld.backend.udp import segment
-from flanneld.backend.udp.batch import FEW, ROWS, Batch, Scratch
+from flanneld.backend.udp.batch import BATCH_ROWS, FEW, Batch, Scratch
 from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.coalesce import Admit, Coalescer
 from flanneld.backend.udp.counters import Counters
@@ -28,7 +28,7 @@ from flanneld.backend.udp.peers import RouteTable
 from flanneld.backend.udp.tun import UDP_GRO
 
 # Shapes of batches remembered.
-_BATCHES = 512
+_BATCHES = 128
 # Senders remembered.
 _SENDERS = 4096
 # An IP and a UDP header, and anything in it.
@@ -183,15 +183,15 @@ class Receiver:
         return admit
 
     def _take(self, rows: int, size: int, admit: Admit | None) -> None:
-        """Take packets of one size from the arena's beginning."""
+        """Take packets of one size from the memory's beginning."""
         if not rows or admit is None:
             return
         if rows < FEW or size < _LEAST:
             for at in range(0, rows * size, size):
                 self._coalescer.add(self._view[at : at + size], admit)
             return
-        for first in range(0, rows, ROWS):
-            key = (first, min(ROWS, rows - first), size)
+        for first in range(0, rows, BATCH_ROWS):
+            key = (first, min(BATCH_ROWS, rows - first), size)
             batch = self._batches.get(key)
             if batch is None:
                 if len(self._batches) >= _BATCHES:
@@ -222,12 +222,14 @@ class Receiver:
             return
         whole = np.frombuffer(frame[0], np.uint8)
         tcp = whole[1] == GSO_TCPV4
-        name = "TCP" if tcp else "UDP"
-        self._say(f"the TUN device takes no super-packets of {name}; writing one by one")
+        coalescer = self._coalescer
+        if coalescer.tcp if tcp else coalescer.udp:
+            name = "TCP" if tcp else "UDP"
+            self._say(f"the TUN device takes no super-packets of {name}; writing one by one")
         if tcp:
-            self._coalescer.tcp = False
+            coalescer.tcp = False
         else:
-            self._coalescer.udp = False
+            coalescer.udp = False
         gso = int.from_bytes(whole[4:6].tobytes(), sys.byteorder)
         out = np.zeros(2 * LONGEST_PACKET, np.uint8)
         protocol, source = TCP if tcp else UDP, whole[VNET_LEN:]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from flanneld.backend.udp.packet import (
     CWR,
     FIN,
+    LONGEST_PACKET,
     PSH,
     TCP,
     TCP_CSUM,
@@ -28,15 +29,15 @@ from flanneld.backend.udp.packet import (
 Bytes: TypeAlias = NDArray[np.uint8]
 
 # The most packets in a `Sheet`.
-ROWS = 320
+SHEET_ROWS = 320
 
 # Consecutive IP ids, and the header checksums that go with them. _ID[i] is i modulo 65536,
 # _SUM[i] is -i in one's complement, both as they are on the wire. The wrap from 65535 to 0 is in
 # the first; it changes a sum by one, which `Sheet._write_headers` sees to.
 _COUNT = np.arange(2 * 65536, dtype=np.int64)
-_ID = (_COUNT[: 65536 + ROWS] % 65536).astype(np.uint16).byteswap()
-_SUM = (-_COUNT[: 65536 + 2 * ROWS] % 65535).astype(np.uint16).byteswap()
-_ROW = _COUNT[:ROWS].astype(np.uint32)
+_ID = (_COUNT[: 65536 + SHEET_ROWS] % 65536).astype(np.uint16).byteswap()
+_SUM = (-_COUNT[: 65536 + 2 * SHEET_ROWS] % 65535).astype(np.uint16).byteswap()
+_ROW = _COUNT[:SHEET_ROWS].astype(np.uint32)
 del _COUNT
 _ONE, _MODULUS = np.uint32(1), np.uint32(65535)
 _CARRIES, _STEP = np.uint16(0xFFFE), np.uint16(1)
@@ -68,18 +69,19 @@ class Sheet:
     Packets are laid out ``stride`` bytes apart in ``out``, whose address must be even: ``size``
     made even, so that sums over 16-bit words are sums over rows. The super-packets have their
     transport header from ``start`` to ``header``, and ``gso`` bytes of payload for each packet.
-    Raises BadSuperPacket if there are none.
+    Raises BadSuperPacket if these cannot be. Several sheets may share one ``out``, but only one of
+    them may have packets.
     """
 
     def __init__(self, out: Bytes, *, start: int, header: int, protocol: int, gso: int) -> None:
-        if gso <= 0:
-            raise BadSuperPacket
         self.size = size = header + gso
         self.stride = stride = size + (size & 1)
+        if gso <= 0 or size > LONGEST_PACKET or stride > len(out):
+            raise BadSuperPacket
         self.number = 0
         """Packets there are. Those from a super-packet's end can be shorter; see `add`."""
         self._start, self._header, self._protocol, self._gso = start, header, protocol, gso
-        self._capacity = capacity = min(ROWS, len(out) // stride)
+        self._capacity = capacity = min(SHEET_ROWS, len(out) // stride)
         # So many have their checksums.
         self._finished = 0
         self._view = out.data

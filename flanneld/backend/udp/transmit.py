@@ -39,7 +39,7 @@ _SUPER_STRIDE = 1 << 16 | 1 << 7
 _FEW = 4
 # The super-packets' payload, what is left of those before, and for each packet a header: at most
 # 120 bytes and one to make it even.
-_OUT_BYTES = (_SUPERS + 1) * LONGEST_PACKET + segment.ROWS * 122
+_OUT_BYTES = (_SUPERS + 1) * LONGEST_PACKET + segment.SHEET_ROWS * 122
 # Sheets remembered.
 _SHEETS = 64
 # How long the rest of a long super-packet waits for the next one.
@@ -68,13 +68,13 @@ class Transmitter:
         say: Callable[[str], None],
     ) -> None:
         self.may_wait = False
-        """Rows are waiting that need not be sent before the next packets are read."""
+        """Packets are waiting that need not be sent before the next are read."""
         self._waits_since = 0.0
         self._tun = tun
         self._routes = routes
         self._counters = counters
         self._answer = answer
-        # Larger packets than this are handled at once, so a slot need not hold them.
+        # Larger packets than this go where super-packets do, so a slot need not hold them.
         self._stride = min(16384, (VNET_LEN + mtu + 64) // 64 * 64)
         # First the packets' slots, then those of super-packets.
         self._supers_at = SLOTS * self._stride
@@ -98,6 +98,8 @@ class Transmitter:
         self._sheet: segment.Sheet | None = None
         self._peer: Peer | None = None
         self._last = 0
+        # Something that may be more than a small rest.
+        self._added = False
         # The sender has more: it has filled a super-packet, and set no PSH.
         self._goes_on = False
         self._sender = Sender(udp, counters, segments=segments, say=say)
@@ -112,7 +114,8 @@ class Transmitter:
         head = view[: VNET_LEN + IP_HEADER].tobytes()
         if head[1] != GSO_NONE:
             self._add_super(0, length)
-            self._send_sheet()
+            if self._added:
+                self._send_sheet()
             return
         # With rubbish these are any bytes.
         peer = self._routes.lookup(head[26:30])
@@ -316,10 +319,11 @@ class Transmitter:
             self.flush()
             self._count_read(1, length - VNET_LEN)
             self._send_packet(at, length)
-        self._send_sheet()
+        if self._added:
+            self._send_sheet()
 
     def _add_super(self, at: int, length: int) -> None:
-        """Cut one super-packet; `_send_sheet` is to be called."""
+        """Cut one super-packet; if this has `_added` something, `_send_sheet` is to be called."""
         begin, end = at + VNET_LEN, at + length
         packet = self._view[begin:end]
         flags, kind, _, gso, start, _ = VNET.unpack_from(self._view, at)
@@ -348,7 +352,7 @@ class Transmitter:
         while first < len(packet) - header:
             if sheet.is_full:
                 self.flush()
-            self._sheet, self._peer = sheet, peer
+            self._sheet, self._peer, self._added = sheet, peer, True
             first, self._last = sheet.add(source, first)
         packets = -(-(len(packet) - header) // gso)
         self._count_read(packets, length - VNET_LEN)
@@ -390,6 +394,7 @@ class Transmitter:
                 self._sender.send([sheet.packets(at, end, last)], size, peer, end - at)
                 at = end
         sheet.clear(keep=number - at)
+        self._added = False
         self.may_wait = self._goes_on and at < number
         if self.may_wait:
             self._waits_since = time.monotonic()

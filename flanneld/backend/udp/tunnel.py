@@ -189,6 +189,8 @@ class Tunnel:
             if message.more:
                 return
             routes, self._parts = self._parts, []
+            # What waits is for a peer that may be gone then.
+            self._transmitter.flush()
             if message.op is Op.SET:
                 self._routes.set(routes)
             elif message.op is Op.REMOVE:
