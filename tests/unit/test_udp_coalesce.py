@@ -269,7 +269,8 @@ def test_a_shorter_last_one_is_pushed() -> None:
     assert len(device.frames) == 1
 
 
-def test_no_checksum_beside_a_damaged_packet() -> None:
+@pytest.mark.parametrize("sources", [1, 2])
+def test_no_checksum_beside_a_damaged_packet(sources: int) -> None:
     """The sum of the fourth is right with 0 in its field, which means that there is none."""
     packets = flow(UDP, [100] * 8)
     data = bytearray(packets[3])
@@ -282,6 +283,10 @@ def test_no_checksum_beside_a_damaged_packet() -> None:
     damaged = bytearray(packets[6])
     damaged[60] ^= 1
     packets[6] = bytes(damaged)
+    if sources == 2:
+        packets += [
+            reference.with_checksums(p[:15] + b"\x09" + p[16:]) for p in flow(UDP, [100] * 4)
+        ]
     device = Device()
     device.take(packets, in_rows=True)
     check(packets, device)
