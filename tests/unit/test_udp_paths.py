@@ -458,6 +458,17 @@ def test_rubbish_headers_of_super_packets_are_dropped(bench: Bench) -> None:
     assert bench.counters.drop_malformed == bench.counters.tun_read_packets == 4
 
 
+def refuse_super_packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.writev
+
+    def writev(fd: int, parts: list[memoryview]) -> int:
+        if b"".join(parts)[1]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(fd, parts)
+
+    monkeypatch.setattr(os, "writev", writev)
+
+
 def incoming(packets: list[bytes], sender: str = PEER[0]) -> list[tuple[bytes, int, str]]:
     return [(b"".join(packets), len(packets[0]), sender)]
 
@@ -511,14 +522,7 @@ def test_strangers_between_a_peers_packets(bench: Bench) -> None:
 def test_a_device_without_super_packets_gets_them_one_by_one(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, protocol: int
 ) -> None:
-    write = os.writev
-
-    def writev(fd: int, parts: list[memoryview]) -> int:
-        if b"".join(parts)[1]:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return write(fd, parts)
-
-    monkeypatch.setattr(os, "writev", writev)
+    refuse_super_packets(monkeypatch)
     packets = from_peer(flow(protocol, [500] * 30))
     bench.udp.incoming = incoming(packets)
     first = bench.receive()
@@ -592,14 +596,7 @@ def test_a_turn_receives_only_so_much(bench: Bench, sender: str, count: int) -> 
 
 
 def test_no_device_refuses_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = os.writev
-
-    def writev(fd: int, parts: list[memoryview]) -> int:
-        if b"".join(parts)[1]:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return write(fd, parts)
-
-    monkeypatch.setattr(os, "writev", writev)
+    refuse_super_packets(monkeypatch)
     packets = from_peer(flow(TCP, [1420] * 180))
     bench.udp.incoming = [
         call for at in range(0, 180, 44) for call in incoming(packets[at : at + 44])
