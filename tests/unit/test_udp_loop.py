@@ -13,7 +13,7 @@ from test_udp_paths import expected, tso
 from test_udp_segment import super_packet
 
 from flanneld.backend.udp import transmit, tunnel
-from flanneld.backend.udp.control import Op, Settings, route_messages
+from flanneld.backend.udp.control import Op, Settings, route_messages, subnet_messages
 from flanneld.backend.udp.peers import PeerRoute
 from flanneld.backend.udp.tun import ALL
 
@@ -104,3 +104,31 @@ def test_what_waits_for_more_goes_although_datagrams_keep_coming(
     ends.kernel.send(tso(packet, 1420))
     ends.tunnel.run()
     assert ends.arrived() == expected([packet], 1420)[:sent]
+
+
+def test_what_waits_goes_before_its_peer_does(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to the address of one that is a peer no more, however long the next turn takes."""
+    left = [3]
+    before: list[int] = []
+
+    def poll(_timeout: int | None) -> list[tuple[int, int]]:
+        left[0] -= 1
+        if left[0] > 0:
+            return [(ends.udp, select.POLLIN)]
+        if left[0] == 0:
+            before.append(len(ends.arrived()))
+            for message in subnet_messages(2, [IPv4Network("10.5.2.0/24")]):
+                ends.daemon.send(message.encode())
+            return [(ends.control, select.POLLIN)]
+        before.append(len(ends.arrived()))
+        ends.daemon.close()
+        return [(ends.control, select.POLLHUP)]
+
+    monkeypatch.setattr(
+        select, "poll", lambda: SimpleNamespace(register=lambda *_: None, poll=poll)
+    )
+    for module in (tunnel, transmit):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+    ends.kernel.send(tso(super_packet(6, bytes(1420 * 45)), 1420))
+    ends.tunnel.run()
+    assert before == [44, 1]

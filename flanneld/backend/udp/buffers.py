@@ -20,7 +20,7 @@ class Buffers:
         self._free = memoryview(b"")
 
     def take(self, size: int) -> memoryview:
-        """Return memory of this size."""
+        """Return memory of this size. What is left of a page too small for it is lost."""
         if size > len(self._free):
             self._free = _map(-(-size // _HUGE) * _HUGE)
         taken = self._free[:size]
@@ -30,7 +30,7 @@ class Buffers:
 
 def _map(size: int) -> memoryview:
     """Return memory of a multiple of a huge page's size, and at such an address."""
-    # Shared memory, as without flags, has huge pages on no host by itself.
+    # Without flags it would be shared memory, which as a rule gets no huge pages.
     mapped = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # A kernel without huge pages says so.
     with suppress(OSError):

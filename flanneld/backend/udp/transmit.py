@@ -163,6 +163,7 @@ class Transmitter:
                 more = False
                 break
             if view[at + 1] != GSO_NONE or length >= stride:
+                # One that came to the other kind's slot is moved: it happens once in many.
                 if not bulk:
                     self._send_packets(count)
                     count = 0
@@ -407,5 +408,5 @@ class Transmitter:
             self._send_sheet(whole=True)
 
     def is_overdue(self, now: float) -> bool:
-        """Return whether the rows that may wait have waited long enough."""
+        """Return whether the packets that may wait have waited long enough."""
         return self.may_wait and (now - self._waits_since) * 1000 > PATIENCE_MS
