@@ -352,7 +352,13 @@ def tls_context(credentials: Credentials, sockets: OpenSockets) -> ssl.SSLContex
         def do_handshake(self, block: bool = False) -> None:
             # Not later: a hung server does not answer the handshake either.
             sockets.add(self)
-            super().do_handshake(block)
+            try:
+                super().do_handshake(block)
+            except ConnectionError as error:
+                # As the end of the stream is told: which of the two it is, is a matter of chance.
+                # Not chained: the reason told is the innermost.
+                text = f"{(error.strerror or str(error)).lower()} in the TLS handshake"
+                raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, text) from None
 
     cert, key, ca = credentials.cert_file, credentials.key_file, credentials.ca_file
     step = f"CA file {ca}"

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import socket
 import ssl
+import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +141,27 @@ def test_tls_to_a_plain_http_server(
     )
     with pytest.raises(StoreUnavailable, match=r"SSL|does it speak TLS"):
         store.read_config()
+
+
+def test_server_that_resets_the_tls_handshake(
+    files: certs.Certificates, make_store: MakeStore
+) -> None:
+    """The kernel does so when a server closes before it has read everything."""
+
+    def reset_each() -> None:
+        with contextlib.suppress(OSError):  # the test has ended
+            while True:
+                connection, _ = server.accept()
+                connection.recv(1)
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=reset_each, daemon=True).start()
+        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        store = make_store(url, credentials=Credentials(ca_file=str(files.ca)))
+        with pytest.raises(StoreUnavailable, match=r"reset by peer in the TLS handshake: does it"):
+            store.read_config()
+        server.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize(
