@@ -23,7 +23,7 @@ SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A command each package is known by, and what has no command: the C library's and Python's headers.
 PACKAGES := etcd:etcd-server ip:iproute2 iptables:iptables ping:iputils-ping nsenter:util-linux \
-	openssl:openssl gcc:gcc nft:nftables dockerd:docker.io docker:docker.io busybox:busybox-static \
+	openssl:openssl ethtool:ethtool gcc:gcc nft:nftables dockerd:docker.io docker:docker.io busybox:busybox-static \
 	faketime:faketime systemd-analyze:systemd
 VM_PACKAGES := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap mkfs.ext4:e2fsprogs \
 	depmod:kmod

@@ -354,11 +354,12 @@ def keys(text: str) -> UdpConfig:
 @pytest.mark.parametrize(
     ("text", "read"),
     [
-        ("", UdpConfig(8285, True, 0)),
-        (',"Port":9000', UdpConfig(9000, True, 0)),
-        (',"SourceCheck":false', UdpConfig(8285, False, 0)),
-        (',"MTU":1400', UdpConfig(8285, True, 1400)),
-        (',"MTU":96', UdpConfig(8285, True, 96)),
+        ("", UdpConfig(8285, True, True, 0)),
+        (',"Port":9000', UdpConfig(9000, True, True, 0)),
+        (',"SourceCheck":false', UdpConfig(8285, False, True, 0)),
+        (',"FastPath":false', UdpConfig(8285, True, False, 0)),
+        (',"MTU":1400', UdpConfig(8285, True, True, 1400)),
+        (',"MTU":96', UdpConfig(8285, True, True, 96)),
     ],
 )
 def test_keys(text: str, read: UdpConfig) -> None:
@@ -372,6 +373,7 @@ def test_keys(text: str, read: UdpConfig) -> None:
         (',"Port":0', ["Port", "0"]),
         (',"Port":65536', ["Port", "65536"]),
         (',"SourceCheck":1', ["SourceCheck", "1"]),
+        (',"FastPath":"no"', ["FastPath", '"no"']),
         (',"MTU":95', ["MTU", "96", "95"]),
         (',"MTU":-1', ["MTU", "-1"]),
         (',"MTU":70000', ["MTU", "70000"]),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from flanneld.backend.mtu import inner_mtu, mtu_key
 from flanneld.backend.udp.descriptors import Descriptors
+from flanneld.backend.udp.fastpath import FastPath
 from flanneld.backend.udp.keeper import TunnelKeeper
 from flanneld.backend.udp.network import TunDevice, UdpNetwork
 from flanneld.backend.udp.process import TunnelProcess
@@ -43,6 +44,8 @@ class UdpConfig:
 
     port: int
     source_check: bool
+    fast_path: bool
+    """Whether the kernel may move packets itself."""
     mtu: int
     """What counts as the external interface's MTU; 0: its own."""
 
@@ -53,6 +56,7 @@ def read_config(config: Config) -> UdpConfig:
     return UdpConfig(
         port=int_key(keys, "Port", DEFAULT_PORT, 1, 65535),
         source_check=bool_key(keys, "SourceCheck", True),
+        fast_path=bool_key(keys, "FastPath", True),
         mtu=mtu_key(keys, OVERHEAD),
     )
 
@@ -75,15 +79,23 @@ class Udp:
         lease = self._manager.acquire_lease(config, LeaseAttrs(external.ext_addr), stop)
         descriptors = self._open(keys.port, stop)
 
+        fast_path = FastPath(
+            external, descriptors.udp, port=keys.port, mtu=mtu, wanted=keys.fast_path
+        )
+
         def start() -> TunnelProcess:
             return TunnelProcess(
-                descriptors, port=keys.port, mtu=mtu, source_check=keys.source_check
+                descriptors,
+                port=keys.port,
+                mtu=mtu,
+                source_check=keys.source_check,
+                secret=fast_path.secret,
             )
 
         try:
             keeper = TunnelKeeper(descriptors, start)
             link = TunLink(lease.subnet.network_address, config.network, mtu)
-            device = TunDevice(descriptors, keeper, link)
+            device = TunDevice(descriptors, keeper, link, fast_path)
             device.ensure()
             return UdpNetwork(
                 manager=self._manager,
@@ -93,10 +105,12 @@ class Udp:
                 descriptors=descriptors,
                 keeper=keeper,
                 device=device,
+                fast_path=fast_path,
                 former_network=self._previous.network,
                 former_subnet=self._previous.subnet,
             )
         except BaseException:
+            fast_path.close()
             descriptors.close()
             raise
 

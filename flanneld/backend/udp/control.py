@@ -35,6 +35,8 @@ class Op(enum.IntEnum):
     REMOVE = 2
     REPLACE = 3
     STATISTICS = 4
+    FAST_PATH = 5
+    """The kernel moves packets, too; the body is what super-packets from it begin with."""
     READY = 16
     DONE = 17
     """The answer to a command; to STATISTICS with `Counters.encode` as body."""

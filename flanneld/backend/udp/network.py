@@ -9,6 +9,7 @@ from ipaddress import IPv4Address, IPv4Network
 from flanneld.backend.device import DeviceWatch, remove_former
 from flanneld.backend.feed import LeaseFeed, Line, log_changes
 from flanneld.backend.udp.descriptors import Descriptors
+from flanneld.backend.udp.fastpath import FastPath
 from flanneld.backend.udp.keeper import TunnelKeeper
 from flanneld.backend.udp.peers import PeerRoute
 from flanneld.errors import DeviceError
@@ -28,10 +29,17 @@ log = logging.getLogger(__name__)
 class TunDevice:
     """The TUN device as a `Device`: it lives as long as its descriptor, unless it is deleted."""
 
-    def __init__(self, descriptors: Descriptors, keeper: TunnelKeeper, link: TunLink) -> None:
+    def __init__(
+        self,
+        descriptors: Descriptors,
+        keeper: TunnelKeeper,
+        link: TunLink,
+        fast_path: FastPath,
+    ) -> None:
         self._descriptors = descriptors
         self._keeper = keeper
         self._link = link
+        self._fast_path = fast_path
         self._made_for = 0
 
     @property
@@ -47,7 +55,9 @@ class TunDevice:
     def is_touched_by(self, event: KernelEvent) -> bool:
         """See `Device.is_touched_by`."""
         if isinstance(event, LinkEvent):
-            return event.link.index == self.index or event.link.name == self.name
+            link = event.link
+            ours = link.index == self.index or link.name == self.name
+            return ours or self._fast_path.is_touched_by(link.index, link.name)
         return isinstance(event, AddressEvent) and event.index == self.index
 
     def ensure(self) -> bool:
@@ -60,6 +70,7 @@ class TunDevice:
             named = "" if self.name == tun.name else f", as {self.name}"
             log.warning("%s was gone: it is made anew%s", tun.name, named)
         self._link.ensure(self.index, self.name)
+        self._fast_path.ensure(self.index)
         before, self._made_for = self._made_for, self.index
         return self.index != before
 
@@ -77,6 +88,7 @@ class UdpNetwork:
         descriptors: Descriptors,
         keeper: TunnelKeeper,
         device: TunDevice,
+        fast_path: FastPath,
         former_network: IPv4Network | None,
         former_subnet: IPv4Network | None,
     ) -> None:
@@ -88,6 +100,7 @@ class UdpNetwork:
         self._descriptors = descriptors
         self._keeper = keeper
         self._device = device
+        self._fast_path = fast_path
         self._watch = DeviceWatch(device)
         self._former_subnet = former_subnet
         self._territory = Territory((config.network, former_network or config.network))
@@ -115,6 +128,7 @@ class UdpNetwork:
         try:
             reconciler = Reconciler()
         except OSError as error:
+            self._fast_path.close()
             self._descriptors.close()
             raise DeviceError(
                 f"cannot listen to the kernel: {error.strerror} (is AF_NETLINK allowed?)"
@@ -124,6 +138,7 @@ class UdpNetwork:
             self._loop(reconciler, stop, synced, heart.pulse("backend"))
         finally:
             self._keeper.stop()
+            self._fast_path.close()
             self._descriptors.close()
             reconciler.close()
 
@@ -161,7 +176,9 @@ class UdpNetwork:
         tunnel = self._keeper.fileno()
         if tunnel is not None:
             poll.register(tunnel, select.POLLIN)
-        times = [self._watch.due(), self._keeper.due() if self._complete else None]
+        times = [self._watch.due(), self._fast_path.due()]
+        if self._complete:
+            times.append(self._keeper.due())
         if self._placed and not self._watch.is_planned:
             times.append(reconciler.due())
         due = min((time for time in times if time is not None), default=IDLE)
@@ -185,6 +202,7 @@ class UdpNetwork:
             lines.append(("Subnet added: %s via %s", subnet, public_ip))
         log_changes(lines)
         self._keeper.change(put.values(), drop)
+        self._fast_path.change(put.values(), drop)
         self._complete = True
 
     def _mend(self, reconciler: Reconciler) -> None:
@@ -195,6 +213,7 @@ class UdpNetwork:
             self._placed = False
         if self._complete:
             self._keeper.work()
+        self._fast_path.work()
         if self._watch.is_planned:
             return
         if self._placed:
@@ -212,4 +231,5 @@ class UdpNetwork:
             *(self.lease.subnet, len(self._peers), reconciler.summary()),
             *(self._device.name, self._watch.trouble or "in order"),
         )
+        self._fast_path.report()
         self._keeper.report()

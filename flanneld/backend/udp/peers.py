@@ -20,6 +20,8 @@ class Peer:
     ip: str
     address: tuple[str, int]
     """The same with the port, as a socket takes it."""
+    device: str
+    """The address of its TUN device, the first of its subnet."""
 
 
 # Destinations remembered, at 100 bytes each. A scan through the network must not eat memory.
@@ -50,7 +52,7 @@ class RouteTable:
             length = route.subnet.prefixlen
             table = self._by_length.setdefault(length, {})
             key = int(route.subnet.network_address) >> (32 - length)
-            peer = self._use(str(route.public_ip))
+            peer = self._use(route)
             self._release(table.get(key))
             table[key] = peer
         self._changed()
@@ -91,9 +93,14 @@ class RouteTable:
         """Return whether this is the public address of a peer."""
         return public_ip in self._peers
 
-    def _use(self, ip: str) -> Peer:
+    def _use(self, route: PeerRoute) -> Peer:
+        ip = str(route.public_ip)
         self._routes_of[ip] = self._routes_of.get(ip, 0) + 1
-        return self._peers.setdefault(ip, Peer(ip, (ip, self._port)))
+        peer = self._peers.get(ip)
+        if peer is None:
+            device = str(route.subnet.network_address)
+            peer = self._peers[ip] = Peer(ip, (ip, self._port), device)
+        return peer
 
     def _release(self, peer: Peer | None) -> None:
         if peer is None:

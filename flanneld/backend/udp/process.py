@@ -64,8 +64,12 @@ class TunnelProcess:
         port: int,
         mtu: int,
         source_check: bool = True,
+        secret: bytes = b"",
     ) -> None:
-        """``port`` is that of all tunnels, ``mtu`` the TUN device's. Raises TunnelError."""
+        """``port`` is that of all tunnels, ``mtu`` the TUN device's. Raises TunnelError.
+
+        ``secret``: that of the fast path, if there is one.
+        """
         self.ready = False
         """It listens to commands."""
         self.counters = Counters()
@@ -101,6 +105,9 @@ class TunnelProcess:
             raise TunnelError(f"cannot be started: {error.strerror}") from error
         finally:
             theirs.close()
+        if secret:
+            number = self._next()
+            self._send(number, iter([Message(Op.FAST_PATH, number, secret)]))
 
     @property
     def pid(self) -> int:

@@ -29,6 +29,8 @@ class Sender:
         self, udp: socket.socket, counters: Counters, *, segments: bool, say: Callable[[str], None]
     ) -> None:
         self.segments = segments
+        self.sent_to: set[Peer] = set()
+        """The peers that something was sent to since this was cleared."""
         self._udp = udp
         self._counters = counters
         self._say = say
@@ -44,6 +46,7 @@ class Sender:
 
         With ``packets``, their number, a piece may hold several, and they fit into one call.
         """
+        self.sent_to.add(peer)
         count = packets or len(pieces)
         limit = self.at_once(size)
         if count > 1 and limit > 1 and not self._is_too_big(size, peer):
@@ -77,6 +80,7 @@ class Sender:
 
     def send_one(self, packet: memoryview, peer: Peer) -> None:
         """Send one packet. What the kernel does not take is counted."""
+        self.sent_to.add(peer)
         try:
             self._udp.sendto(packet, peer.address)
         except BlockingIOError:

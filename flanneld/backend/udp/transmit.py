@@ -103,6 +103,8 @@ class Transmitter:
         # The sender has more: it has filled a super-packet, and set no PSH.
         self._goes_on = False
         self._sender = Sender(udp, counters, segments=segments, say=say)
+        self.sent_to = self._sender.sent_to
+        """See `Sender.sent_to`."""
 
     def one(self) -> None:
         """Read one packet and send it at once, on the shortest way. Raises OSError as `turn`."""

@@ -17,6 +17,7 @@ from flanneld.backend.udp import control, icmp, privileges
 from flanneld.backend.udp.buffers import Buffers
 from flanneld.backend.udp.control import ENDED, FAILED, TUN_LOST, Message, Op, Settings
 from flanneld.backend.udp.counters import Counters
+from flanneld.backend.udp.greeting import Greeter
 from flanneld.backend.udp.peers import PeerRoute, RouteTable
 from flanneld.backend.udp.receive import Receiver
 from flanneld.backend.udp.transmit import PATIENCE_MS, Transmitter
@@ -43,6 +44,7 @@ class Tunnel:
         self._icmp = socket.socket(fileno=settings.icmp) if settings.icmp >= 0 else None
         self._counters = Counters()
         self._routes = RouteTable(settings.port)
+        self._greeter: Greeter | None = None
         self._limit = icmp.RateLimit(icmp.RATE, icmp.BURST, time.monotonic)
         # Routes of a command whose end has not come yet.
         self._parts: list[PeerRoute] = []
@@ -136,6 +138,9 @@ class Tunnel:
         if not self._transmitter.may_wait:
             self._transmitter.flush()
         self._receiver.flush()
+        if self._greeter is not None and self._transmitter.sent_to:
+            self._greeter.greet(self._transmitter.sent_to)
+            self._transmitter.sent_to.clear()
 
     def say(self, text: str) -> None:
         """Have the daemon log a line."""
@@ -199,6 +204,10 @@ class Tunnel:
                 self._routes.replace(routes)
                 self._knows_all = True
             self._counters.peers = len(self._routes)
+        elif message.op is Op.FAST_PATH:
+            self._receiver.secret = message.body
+            if self._icmp is not None:
+                self._greeter = Greeter(self._icmp, time.monotonic)
         elif message.op is Op.STATISTICS:
             body = self._counters.encode()
         else:

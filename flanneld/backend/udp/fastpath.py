@@ -1,0 +1,238 @@
+"""The fast path: most packets do not go through the tunnel's process, but are moved by the kernel.
+
+Two programs are hooked in, one where packets go into the TUN device and one where datagrams come
+into the external interface, and both do there what the tunnel does, with the same bytes on the
+wire. What they do not take goes on to the tunnel's process: everything to peers without a fast path
+of their own, fragments, IP options, what expires, whoever is nobody's peer. So the tunnel's process
+stays what knows and decides everything, and a host without eBPF lacks nothing but speed.
+
+- A peer without a fast path (the original, an older kernel) reads datagrams from a socket. It must
+  not be sent packets whose checksum a device was to complete, or super-packets that a virtual link
+  does not cut; the tunnel's process does all of that. Peers tell each other by the UDP checksum:
+  what a fast path sends has none, whatever comes out of a socket has one. They find out by the
+  echo requests by which the tunnel's process greets a peer (`greeting`).
+- The host's firewall sees the packets as before, going into and coming out of the TUN device, but
+  not the datagrams that the kernel moves. So that its connection tracking goes on letting in those
+  of the slow way, one packet in a few seconds takes it. IPsec would be passed by: where there are
+  policies, there is no fast path.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import struct
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+
+from flanneld.backend.udp import programs
+from flanneld.backend.udp.peers import PeerRoute
+from flanneld.backend.udp.programs import COUNTERS, PEER_BYTES, Path
+from flanneld.clock import now
+from flanneld.interface import ExternalInterface
+from flanneld.kernel import ipsec
+from flanneld.kernel.bpf import TCX_EGRESS, TCX_INGRESS, CounterMap, PrefixMap, Program
+
+log = logging.getLogger(__name__)
+
+# Seconds between two looks at what the kernel says nothing about: IPsec policies.
+CHECK = 5.0
+# Peers there is room for; empty it takes no memory.
+_MOST_PEERS = 1 << 20
+# linux/sockios.h, linux/if_arp.h
+_SIOCGIFHWADDR, _ARPHRD_ETHER = 0x8927, 1
+_IFREQ = struct.Struct("=16sH22x")
+
+
+class FastPathError(Exception):
+    """There can be no fast path, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    """What is hooked in; gone when ``held`` is closed, in whatever way."""
+
+    tun: int
+    external: int
+    peers: PrefixMap
+    counters: CounterMap
+    held: ExitStack
+
+
+class FastPath:
+    """Keeps the fast path as long as it can be had. Belongs to the backend's thread."""
+
+    def __init__(
+        self,
+        external: ExternalInterface,
+        udp: socket.socket,
+        *,
+        port: int,
+        mtu: int,
+        wanted: bool = True,
+    ) -> None:
+        """``udp`` is the tunnel's socket, ``mtu`` the TUN device's. Nothing is attached yet.
+
+        Unless it is ``wanted``, nothing ever is.
+        """
+        self._external = external
+        self._udp = udp
+        self._port = port
+        self._mtu = mtu
+        self._wanted = wanted
+        self._attached: _Attached | None = None
+        self._peers: dict[IPv4Network, PeerRoute] = {}
+        self._tun = 0
+        self._check_at = 0.0
+        self.secret = os.urandom(programs.SECRET_BYTES) if wanted else b""
+        """For the tunnel's process; empty if there will never be a fast path."""
+        self._trouble = "" if wanted else "FastPath is false"
+        """Why there is none; empty if there is one, or it was not tried yet."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether packets go by it."""
+        return self._attached is not None
+
+    def due(self) -> float | None:
+        """Return the seconds until `work` has something to do; None if it never has."""
+        return max(0.0, self._check_at - now()) if self._wanted else None
+
+    def work(self) -> None:
+        """Look whether it still may be, and can be now, if it is time."""
+        if self._tun and now() >= self._check_at:
+            self.ensure(self._tun)
+
+    def ensure(self, tun: int) -> None:
+        """Attach it to the TUN device of that index, if it is not; say what changed."""
+        if not self._wanted:
+            return
+        self._tun = tun
+        self._check_at = now() + CHECK
+        try:
+            external = self._external_index()
+            at = self._attached
+            if at is not None and (at.tun, at.external) != (tun, external):
+                self._detach()
+            if self._attached is None:
+                self._attached = self._attach(tun, external)
+                self._put(self._peers.values())
+                log.info("The kernel moves most packets itself, without the tunnel's process")
+        except (FastPathError, OSError) as error:
+            self._give_up(error)
+        else:
+            self._trouble = ""
+
+    def is_touched_by(self, index: int, name: str) -> bool:
+        """Tell whether the device that changed is the one it is attached to beside the TUN."""
+        at = self._attached
+        return name == self._external.name or (at is not None and index == at.external)
+
+    def change(self, put: Iterable[PeerRoute], drop: Iterable[IPv4Network]) -> None:
+        """Send to these peers from now on, and to those no more."""
+        new = list(put)
+        gone = [subnet for subnet in drop if self._peers.pop(subnet, None) is not None]
+        self._peers.update((route.subnet, route) for route in new)
+        try:
+            self._put(new)
+            if self._attached is not None:
+                for subnet in gone:
+                    if subnet not in self._peers:
+                        self._attached.peers.drop(_key(subnet))
+        except OSError as error:
+            self._give_up(error)
+
+    def counters(self) -> dict[str, int]:
+        """Return what it has counted since it was attached; empty if it is not."""
+        if self._attached is None:
+            return {}
+        return dict(zip(COUNTERS, self._attached.counters.read(), strict=True))
+
+    def report(self) -> None:
+        """Log the counters."""
+        words = " ".join(f"{name}={value}" for name, value in self.counters().items())
+        log.info("udp fast path: %s", words or f"off ({self._trouble})")
+
+    def close(self) -> None:
+        """Detach it for good. Safe to repeat."""
+        self._detach()
+        self._tun = 0
+
+    def _external_index(self) -> int:
+        try:
+            index = socket.if_nametoindex(self._external.name)
+            request = _IFREQ.pack(self._external.name.encode(), 0)
+            answer = fcntl.ioctl(self._udp, _SIOCGIFHWADDR, request)
+        except OSError:
+            raise FastPathError(f"there is no {self._external.name}") from None
+        if _IFREQ.unpack(answer)[1] != _ARPHRD_ETHER:
+            raise FastPathError(f"{self._external.name} is no Ethernet device")
+        if self._mtu + programs.OVERHEAD > self._external.mtu:
+            raise FastPathError(
+                f"MTU {self._mtu} and {programs.OVERHEAD} is more than that of"
+                f" {self._external.name}, {self._external.mtu}"
+            )
+        if ipsec.policies():
+            raise FastPathError("this host has IPsec policies, which it would pass by")
+        return index
+
+    def _attach(self, tun: int, external: int) -> _Attached:
+        held = ExitStack()
+        try:
+            peers = PrefixMap("flannel_peers", PEER_BYTES, _MOST_PEERS)
+            held.callback(peers.close)
+            counters = CounterMap("flannel_counts", len(COUNTERS))
+            held.callback(counters.close)
+
+            path = Path(
+                peers=peers.fd,
+                counters=counters.fd,
+                address=self._external.iface_addr,
+                port=self._port,
+                external=external,
+                tun=tun,
+                mtu=self._mtu,
+                secret=self.secret,
+            )
+            ingress = Program("flannel_in", programs.ingress(path))
+            held.callback(ingress.close)
+            egress = Program("flannel_out", programs.egress(path))
+            held.callback(egress.close)
+            # First what is received: what is sent tells the peers that they may send.
+            for program, index, where in (
+                (ingress, external, TCX_INGRESS),
+                (egress, tun, TCX_EGRESS),
+            ):
+                try:
+                    held.callback(program.attach(index, where).close)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    raise FastPathError("this kernel has no TCX, which came with 6.6") from None
+            return _Attached(tun, external, peers, counters, held)
+        except BaseException:
+            held.close()
+            raise
+
+    def _give_up(self, error: Exception) -> None:
+        self._detach()
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if why != self._trouble:
+            log.warning("All packets go through the tunnel's process: no fast path (%s)", why)
+        self._trouble = why
+
+    def _detach(self) -> None:
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            attached.held.close()
+
+    def _put(self, routes: Iterable[PeerRoute]) -> None:
+        if self._attached is not None:
+            self._attached.peers.put({_key(r.subnet): programs.peer(r.public_ip) for r in routes})
+
+
+def _key(subnet: IPv4Network) -> bytes:
+    return PrefixMap.key(subnet.network_address.packed, subnet.prefixlen)
