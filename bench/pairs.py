@@ -15,8 +15,9 @@ from lab.namespaces import Container, Host, Lab
 from lab.process import run
 from lab.tunnel import MTU, PORT, HostTunnel, connect, container_of, route_to, subnet_of
 
-# The C loop on both hosts; ours; ours to the C loop and back; what the kernel can do.
-KINDS = ("c", "ours", "ours-c", "c-ours", "vxlan", "routing")
+# The C loop on both hosts; ours; ours with all packets through its process; ours to the C loop and
+# back; what the kernel can do.
+KINDS = ("c", "ours", "process", "ours-c", "c-ours", "vxlan", "routing")
 _HERE = Path(__file__).parent
 # linux/if_tun.h
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
@@ -58,10 +59,11 @@ def make_pair(lab: Lab, kind: str, proxy: Path) -> Pair:
         mtu = 1450 if kind == "vxlan" else 1500
     else:
         mtu = MTU
-        ours = {"c": (), "ours": (0, 1), "ours-c": (0,), "c-ours": (1,)}[kind]
+        both = (0, 1)
+        ours = {"c": (), "ours": both, "process": both, "ours-c": (0,), "c-ours": (1,)}[kind]
         for side, host in enumerate(hosts):
             if side in ours:
-                pair.tunnels.append(HostTunnel(host))
+                pair.tunnels.append(HostTunnel(host, fast=kind != "process"))
                 pair.pids.append(pair.tunnels[-1].process.pid)
             else:
                 route = route_to(hosts[1 - side])
