@@ -5,6 +5,7 @@ import platform
 import select
 import socket
 import struct
+import time
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
@@ -16,9 +17,10 @@ from test_udp_tunnel import udp_socket
 from transfer import both_ways, one_way
 
 from bench.pairs import Pair
-from flanneld.backend.udp import fastpath
+from flanneld.backend.udp import fastpath, programs
 from flanneld.backend.udp.fastpath import FastPath
 from flanneld.backend.udp.peers import PeerRoute
+from flanneld.backend.udp.tun import UDP_SEGMENT
 from flanneld.interface import ExternalInterface
 from flanneld.kernel import bpf
 from lab import Flanneld, Host, Lab, eventually
@@ -117,6 +119,26 @@ def test_udp_of_all_sizes(pair: Pair) -> None:
     assert sent_fast(pair.tunnels[0]) >= 4
 
 
+@pytest.mark.parametrize("wire", [False, True], ids=["virtual link", "as over a wire"])
+def test_super_packets_of_udp(pair: Pair, wire: bool) -> None:
+    """As QUIC sends them: many datagrams in one call."""
+    one, two = pair.containers
+    if wire:
+        as_over_a_wire(one.host)
+    get_acquainted(pair)
+    sink, source = udp_socket(two, str(two.address), 0), udp_socket(one)
+    target = (str(two.address), sink.getsockname()[1])
+    source.sendto(b"the first, which goes the slow way", target)
+    sink.recv(1 << 16)
+    before = sent_fast(pair.tunnels[0])
+    for size in (1, 100, 999, 1400):
+        sent = [bytes([number]) * size for number in range(40)]
+        control = [(socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", size))]
+        source.sendmsg([b"".join(sent)], control, 0, target)
+        assert [sink.recv(1 << 16) for _ in sent] == sent
+    assert sent_fast(pair.tunnels[0]) - before >= 4 * 40
+
+
 def test_all_that_is_on_the_wire_is_one_packet_in_each_datagram(pair: Pair) -> None:
     """Nothing larger, and nothing half done: what a card sends, any peer can read."""
     one, two = pair.containers
@@ -163,6 +185,22 @@ def test_tcp_alone_makes_both_known(pair: Pair) -> None:
     one, two = pair.containers
     both_ways(one, two, megabytes=20)
     assert sent_fast(pair.tunnels[0]) > 10_000
+
+
+def test_a_stream_in_one_direction_stays_on_it(pair: Pair) -> None:
+    """Longer than the peer counts as known: the process greets it again before that ends."""
+    get_acquainted(pair)
+    one, two = pair.containers
+    sink, source = udp_socket(two, str(two.address), 0), udp_socket(one)
+    target = (str(two.address), sink.getsockname()[1])
+    before = pair.tunnels[0].counters.udp_sent_packets
+    count = int((programs.FAST_MS / 1000 + 2) / 0.05)
+    for _ in range(count):
+        source.sendto(b"statistics", target)
+        assert sink.recv(100) == b"statistics"
+        time.sleep(0.05)
+    # One in five seconds.
+    assert 2 <= pair.tunnels[0].counters.udp_sent_packets - before <= 6
 
 
 def test_a_peer_that_loses_it_is_noticed(pair: Pair) -> None:

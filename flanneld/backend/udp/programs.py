@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
-from flanneld.backend.udp.packet import GSO_TCPV4, NEEDS_CSUM
+from flanneld.backend.udp.packet import GSO_TCPV4, GSO_UDP_L4, NEEDS_CSUM
 from flanneld.kernel.bpf_asm import Assembler, If, Op, Reg, Size
 
 R0, R1, R2, R3, R4, R5 = Reg.R0, Reg.R1, Reg.R2, Reg.R3, Reg.R4, Reg.R5
@@ -74,7 +74,7 @@ _NEXT, _DROP = -1, 2
 
 _ETHERNET, _IP, _OUTER = 14, 20, OVERHEAD
 _TCP, _UDP, _ICMP = 6, 17, 1
-_TCP_HEADER, _TCP_CHECKSUM = 20, 16
+_TCP_HEADER, _TCP_CHECKSUM, _UDP_HEADER, _UDP_CHECKSUM = 20, 16, 8, 6
 _TTL = 64
 # Of the datagrams' IP headers, where it means nothing to others (RFC 6864); "fl".
 _ID = 0x666C
@@ -175,9 +175,9 @@ def egress(path: Path) -> bytes:
 def ingress(path: Path) -> bytes:
     """The program for what the external interface has received: out of the datagram, and on.
 
-    As if it had come from the TUN device. But a super-packet of TCP, which only a virtual link
-    brings whole, goes to the tunnel's process, with `WHOLE` before it: once a packet was in a
-    tunnel, nothing here can make the kernel forget it, and a bridge would cut it into pieces.
+    As if it had come from the TUN device. But a super-packet, which only a virtual link brings
+    whole, goes to the tunnel's process, with `WHOLE_BYTES` before it: nothing here can make the
+    kernel forget that a packet was in a tunnel, and by that it goes wrong when it is cut.
     """
     a = Assembler()
     outer, head = -64, -92
@@ -198,10 +198,7 @@ def ingress(path: Path) -> bytes:
     a.jump(If.NE, R1, R2, "pass")
     _only_fast(a, outer)
     a.load(W, R1, R6, _GSO_SIZE)
-    a.jump(If.EQ, R1, 0, "single")
-    a.load(B, R2, FP, inner + 9)
-    a.jump(If.EQ, R2, _TCP, "whole")
-    a.label("single")
+    a.jump(If.NE, R1, 0, "whole")
     _adjust_room(a, -_OUTER, _ROOM_MAC, _FIXED_GSO)
     a.jump(If.NE, R0, 0, "pass")
     _store(a, _ETHERNET + 8, inner + 8, 4)
@@ -211,6 +208,7 @@ def ingress(path: Path) -> bytes:
     a.call(_REDIRECT)
     a.exit()
     a.label("whole")
+    a.load(B, R2, FP, inner + 9)
     _write_whole(a, path, outer, head)
     _adjust_room(a, WHOLE_BYTES, _ROOM_NET, _FIXED_GSO)
     a.jump(If.NE, R0, 0, "pass")
@@ -486,15 +484,20 @@ def _only_fast(a: Assembler, outer: int) -> None:
 
 
 def _write_whole(a: Assembler, path: Path, outer: int, at: int) -> None:
-    """Write a UDP header and what comes before a super-packet of TCP to ``at``.
+    """Write a UDP header and what comes before a super-packet to ``at``.
 
-    Its segments are of R1 bytes. The new length goes into the IP header at ``outer``.
+    Its protocol is R2, its segments are of R1 bytes. The new length goes into the IP header at
+    ``outer``.
     """
     vnet = at + 8 + SECRET_BYTES
     a.store(H, FP, vnet + 4, R1)
-    a.store(W, FP, vnet, _raw(struct.pack("=BBH", NEEDS_CSUM, GSO_TCPV4, _IP + _TCP_HEADER)))
     a.store(H, FP, vnet + 6, _IP)
+    a.store(W, FP, vnet, _raw(struct.pack("=BBH", NEEDS_CSUM, GSO_TCPV4, _IP + _TCP_HEADER)))
     a.store(H, FP, vnet + 8, _TCP_CHECKSUM)
+    a.jump(If.EQ, R2, _TCP, "tcp")
+    a.store(W, FP, vnet, _raw(struct.pack("=BBH", NEEDS_CSUM, GSO_UDP_L4, _IP + _UDP_HEADER)))
+    a.store(H, FP, vnet + 8, _UDP_CHECKSUM)
+    a.label("tcp")
     for offset in range(0, SECRET_BYTES, 4):
         a.store(W, FP, at + 8 + offset, _raw(path.secret[offset : offset + 4]))
     a.load(W, R1, FP, outer + 20)
