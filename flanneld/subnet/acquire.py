@@ -116,7 +116,8 @@ class Acquisition:
         So many hosts start at once that there is more to do than the store can. If all of them
         asked again at once it would work for nobody.
         """
-        stop.wait(min(took * self._random.uniform(0.5, 1.5), LONGEST_PAUSE))
+        # The bound first: bounded afterwards, those that waited for long would ask again together.
+        stop.wait(min(took, LONGEST_PAUSE / 1.5) * self._random.uniform(0.5, 1.5))
 
     def _list_leases(self) -> Snapshot:
         """Return all leases."""

@@ -327,7 +327,7 @@ def test_a_store_that_was_away_and_has_the_same_config(
     assert store.calls[:-1] == ["config", *["snapshot"] * 3, "config", "create"]
 
 
-@pytest.mark.parametrize(("took", "pauses"), [(5, (2.5, 7.5)), (18, (9, 10))])
+@pytest.mark.parametrize(("took", "pauses"), [(5, (2.5, 7.5)), (18, (3.3, 10))])
 def test_a_store_that_is_silent_is_spared(
     store: MemoryStore, manager: LocalManager, stop: Stop, took: int, pauses: tuple[float, float]
 ) -> None:
@@ -344,7 +344,7 @@ def test_a_store_that_is_silent_is_spared(
     assert every_second == [1.0] * 50
     assert pauses[0] <= min(spared) < max(spared) <= pauses[1]
     # At random: those that failed together do not come back together.
-    assert len(set(spared)) > 1
+    assert len(set(spared)) == 50
 
 
 def test_a_store_that_cannot_be_reached_is_tried_every_second(
