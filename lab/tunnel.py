@@ -87,7 +87,6 @@ class HostTunnel:
             port=PORT,
             mtu=self.mtu,
             source_check=self.source_check,
-            secret=self.fast_path.secret,
         )
         return self.process
 
@@ -127,6 +126,8 @@ class HostTunnel:
         routes = list(routes)
         self.fast_path.change(routes, self._known - {route.subnet for route in routes})
         self._known = {route.subnet for route in routes}
+        if self.fast_path.is_on:
+            self.process.set_fast_path(self.fast_path.secret)
         self.process.replace_peers(routes)
         self.process.wait_settled()
 

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from typing import NoReturn
 
 # asm/unistd.h; only where the byte order is the one that programs are assembled for.
 _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "loongarch64": 280}
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_DELETE, _PROG_LOAD = 0, 1, 3, 5
-_MAP_UPDATE_BATCH, _LINK_CREATE = 26, 28
+_OBJECT_INFO, _MAP_UPDATE_BATCH, _LINK_CREATE = 15, 26, 28
 _SCHED_CLS = 3
 _NO_PREALLOC = 1
 # Room for what the kernel has to say about a program that it refuses.
@@ -25,6 +26,12 @@ _LOG_BYTES = 1 << 16
 _INSTRUCTION_BYTES = 8
 # Some helpers are only for programs that may be used under the GPL.
 _LICENCE = b"Dual MIT/GPL"
+
+# How often a program is loaded before it is given up: signals disturb that.
+_PATIENCE = 5
+
+# struct bpf_link_info: type, id, program, and of one with TCX the device's index.
+_LINK_INFO = struct.Struct("=III4xI")
 
 # Type, key, value, entries, flags, inner map, NUMA node, name.
 _MAP_LAYOUT = "=IIIIIII16s"
@@ -39,7 +46,8 @@ TCX_INGRESS, TCX_EGRESS = 46, 47
 def _bpf(command: int, layout: str, *values: int | bytes) -> int:
     """Make the system call; returns its result."""
     number = _NUMBERS.get(platform.machine())
-    if number is None or sys.byteorder != "little":
+    # Not a Python of 32 bits on a kernel of 64, where the same number is another call.
+    if number is None or sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     attributes = bytearray(struct.pack(layout, *values))
     where = ctypes.c_void_p(_address(attributes))
@@ -119,16 +127,17 @@ class CounterMap(_Owned):
 
     def __init__(self, name: str, counters: int) -> None:
         """Make them; all are 0."""
+        # The kernel fills in a set for every processor there could be.
+        with open("/sys/devices/system/cpu/possible", encoding="ascii") as possible:
+            last = possible.read().strip().rpartition(",")[2].rpartition("-")[2]
+        self._sets = int(last) + 1
         self._counters = counters
         wanted = (_PERCPU_ARRAY, 4, 8 * counters, 1, 0, 0, 0, name.encode())
         super().__init__(_bpf(_MAP_CREATE, _MAP_LAYOUT, *wanted))
 
     def read(self) -> list[int]:
         """Return each counter's sum over the processors."""
-        # The kernel fills in a set for every processor there could be.
-        with open("/sys/devices/system/cpu/possible", encoding="ascii") as possible:
-            last = possible.read().strip().rpartition(",")[2].rpartition("-")[2]
-        numbers = self._counters * (int(last) + 1)
+        numbers = self._counters * self._sets
         index, values = bytearray(4), bytearray(8 * numbers)
         _bpf(_MAP_LOOKUP, _ENTRY_LAYOUT, self.fd, _address(index), _address(values), 0)
         found = struct.unpack(f"={numbers}Q", values)
@@ -140,18 +149,26 @@ class Program(_Owned):
 
     def __init__(self, name: str, code: bytes) -> None:
         """Load it. The OSError of a refused one has the verifier's last words as `strerror`."""
-        try:
-            super().__init__(self._load(name, code, None))
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EACCES, errno.E2BIG):
-                raise
-            said = bytearray(_LOG_BYTES)
-            with suppress(OSError):
-                # Only to hear what is wrong with it.
-                os.close(self._load(name, code, said))
-            lines = said.rstrip(b"\0").decode(errors="replace").strip().splitlines()
-            words = " / ".join([error.strerror or "", *lines[-2:]])
-            raise OSError(error.errno, words) from None
+        for _ in range(_PATIENCE):
+            try:
+                super().__init__(self._load(name, code, None))
+            except BlockingIOError:
+                continue  # a signal came while it was checked
+            except OSError as error:
+                self._explain(error, name, code)
+            return
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def _explain(self, error: OSError, name: str, code: bytes) -> NoReturn:
+        """Raise the error, with what the verifier says."""
+        if error.errno not in (errno.EINVAL, errno.EACCES, errno.E2BIG):
+            raise error
+        said = bytearray(_LOG_BYTES)
+        with suppress(OSError):
+            # Only to hear what is wrong with it.
+            os.close(self._load(name, code, said))
+        lines = said.rstrip(b"\0").decode(errors="replace").strip().splitlines()
+        raise OSError(error.errno, " / ".join([error.strerror or "", *lines[-2:]])) from None
 
     @staticmethod
     def _load(name: str, code: bytes, said: bytearray | None) -> int:
@@ -167,3 +184,10 @@ class Program(_Owned):
 
 class Link(_Owned):
     """A program on a device. It is taken off when the descriptor is closed, however that comes."""
+
+    def index(self) -> int:
+        """Return the index of the device it is on; 0 if that is gone, and another has its index."""
+        info = bytearray(_LINK_INFO.size)
+        _bpf(_OBJECT_INFO, "=IIQ", self.fd, len(info), _address(info))
+        index: int = _LINK_INFO.unpack(info)[-1]
+        return index

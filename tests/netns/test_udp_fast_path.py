@@ -18,6 +18,7 @@ from transfer import both_ways, one_way
 
 from bench.pairs import Pair
 from flanneld.backend.udp import fastpath, programs
+from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.fastpath import FastPath
 from flanneld.backend.udp.peers import PeerRoute
 from flanneld.backend.udp.tun import UDP_SEGMENT
@@ -57,9 +58,12 @@ def received_fast(tunnel: HostTunnel) -> int:
 
 
 def get_acquainted(pair: Pair) -> None:
-    """Have both hosts know of each other's fast path."""
+    """Have both hosts know of each other's fast path, and both ways have carried something."""
     one, two = pair.containers
+    assert one.ping(two.address, count=5).lost == 0
+    before = [sent_fast(tunnel) for tunnel in pair.tunnels]
     assert one.ping(two.address, count=2).lost == 0
+    assert [sent_fast(tunnel) for tunnel in pair.tunnels] == [n + 2 for n in before]
 
 
 def as_over_a_wire(host: Host) -> None:
@@ -73,12 +77,15 @@ def as_over_a_wire(host: Host) -> None:
 
 def test_pings_go_by_it_with_the_originals_ttl(pair: Pair) -> None:
     one, two = pair.containers
+    get_acquainted(pair)
+    sent, received = [[f(t) for t in pair.tunnels] for f in (sent_fast, received_fast)]
+    processes = pair.tunnels[0].counters.udp_sent_packets
     result = one.ping(two.address, count=5)
     assert result.lost == 0
     assert "ttl=60" in result.output
-    assert [sent_fast(tunnel) for tunnel in pair.tunnels] == [5, 5]
-    assert [received_fast(tunnel) for tunnel in pair.tunnels] == [5, 5]
-    assert pair.tunnels[0].counters.udp_sent_packets == 0
+    assert [sent_fast(tunnel) for tunnel in pair.tunnels] == [n + 5 for n in sent]
+    assert [received_fast(tunnel) for tunnel in pair.tunnels] == [n + 5 for n in received]
+    assert pair.tunnels[0].counters.udp_sent_packets == processes
     # In pieces, with options, and longer than a datagram: by the tunnel's process.
     for more in (["-s", "4000"], ["-R"], ["-s", "60000"]):
         done = one.run(["ping", "-n", "-c", "2", "-i", "0.05", *more, str(two.address)])
@@ -111,12 +118,12 @@ def test_udp_of_all_sizes(pair: Pair) -> None:
     get_acquainted(pair)
     one, two = pair.containers
     sink, source = udp_socket(two, str(two.address), 0), udp_socket(one)
+    before = sent_fast(pair.tunnels[0])
     for size in (0, 1, 2, 999, 1444, 1445, 5000, 60000):
         payload = bytes(range(256)) * (size // 256 + 1)
         source.sendto(payload[:size], (str(two.address), sink.getsockname()[1]))
         assert sink.recv(1 << 16) == payload[:size]
-    # The first packet to a peer goes the slow way.
-    assert sent_fast(pair.tunnels[0]) >= 4
+    assert sent_fast(pair.tunnels[0]) - before >= 4
 
 
 @pytest.mark.parametrize("wire", [False, True], ids=["virtual link", "as over a wire"])
@@ -128,8 +135,6 @@ def test_super_packets_of_udp(pair: Pair, wire: bool) -> None:
     get_acquainted(pair)
     sink, source = udp_socket(two, str(two.address), 0), udp_socket(one)
     target = (str(two.address), sink.getsockname()[1])
-    source.sendto(b"the first, which goes the slow way", target)
-    sink.recv(1 << 16)
     before = sent_fast(pair.tunnels[0])
     for size in (1, 100, 999, 1400):
         sent = [bytes([number]) * size for number in range(40)]
@@ -174,8 +179,8 @@ def test_with_a_peer_that_has_none(make_lab: MakeLab, fast: tuple[bool, bool]) -
         as_over_a_wire(container.host)
     both_ways(one, two, megabytes=10)
     tunnel = pair.tunnels[fast.index(True)]
-    # Pings only, and greetings.
-    assert 3 <= sent_fast(tunnel) < 100
+    # Greetings only.
+    assert 1 <= sent_fast(tunnel) < 20
     assert received_fast(tunnel) == 0
     assert pair.tunnels[fast.index(False)].counters.drops["wrong_source"] == 0
 
@@ -200,7 +205,7 @@ def test_a_stream_in_one_direction_stays_on_it(pair: Pair) -> None:
         assert sink.recv(100) == b"statistics"
         time.sleep(0.05)
     # One in five seconds.
-    assert 2 <= pair.tunnels[0].counters.udp_sent_packets - before <= 6
+    assert 2 <= pair.tunnels[0].counters.udp_sent_packets - before <= 5
 
 
 def test_a_peer_that_loses_it_is_noticed(pair: Pair) -> None:
@@ -225,8 +230,7 @@ def test_peers_come_and_go(pair: Pair) -> None:
     assert "100% packet loss" in done.stdout
     assert sent_fast(pair.tunnels[0]) == before
     connect([one.host, two.host], pair.tunnels)
-    assert one.ping(two.address, count=2).lost == 0
-    assert sent_fast(pair.tunnels[0]) == before + 2
+    get_acquainted(pair)
 
 
 def test_ten_thousand_peers(pair: Pair) -> None:
@@ -236,7 +240,6 @@ def test_ten_thousand_peers(pair: Pair) -> None:
     ]
     pair.tunnels[0].set_peers(many)
     get_acquainted(pair)
-    assert sent_fast(pair.tunnels[0]) == 2
     pair.tunnels[0].remove_peers([route.subnet for route in many])
     get_acquainted(pair)
 
@@ -276,11 +279,17 @@ def test_ipsec_policies_end_it_and_their_end_brings_it_back(make_lab: MakeLab) -
     host, daemon = lab.hosts[0], daemons[0]
     policy = ["dir", "out", "src", "10.99.0.0/24", "dst", "10.99.1.0/24"]
     host.run(["ip", "xfrm", "policy", "add", *policy, "action", "block"])
-    daemon.wait_log(r"no fast path \(this host has IPsec policies", fastpath.CHECK + 5.0)
+    # At once: until then packets go out as nobody wanted it.
+    daemon.wait_log(r"no fast path \(this host has IPsec policies", 1.0)
     assert attached(host, "eth0", bpf.TCX_INGRESS) == 0
     wait_connected(lab)
-    written = len(daemon.log())
+    # What no policy is about may be forbidden, too.
+    host.run(["ip", "xfrm", "policy", "setdefault", "out", "block"])
     host.run(["ip", "xfrm", "policy", "del", *policy])
+    time.sleep(1.0)
+    assert attached(host, "eth0", bpf.TCX_INGRESS) == 0
+    written = len(daemon.log())
+    host.run(["ip", "xfrm", "policy", "setdefault", "out", "accept"])
     eventually(lambda: TOGETHER in daemon.log()[written:], fastpath.CHECK + 5.0, "its return")
     assert attached(host, "eth0", bpf.TCX_INGRESS) == 1
     wait_connected(lab)
@@ -314,6 +323,51 @@ def test_an_interface_that_goes_and_comes_back(
     host.inside(lambda: path.ensure(index))
     assert is_on(path)
     assert attached(host, "ext0", bpf.TCX_INGRESS) == 1
+
+
+def test_another_interface_with_the_same_index(make_lab: MakeLab) -> None:
+    (host,) = make_lab(1, etcd=False).hosts
+    tunnel = HostTunnel(host)
+    index = tunnel.descriptors.tun.index
+    new = ("link add ext0 index 4242 type veth peer name txe0", "link set ext0 up")
+    host.ip(*new)
+    path = host.inside(lambda: path_on(host, "ext0", tunnel.descriptors.udp, index))
+    host.lab.when_closing(path.close)
+    host.ip("link del ext0", *new, "link set ext0 name ext1")
+    assert attached(host, "ext1", bpf.TCX_INGRESS) == 0
+    host.inside(lambda: path.ensure(index))
+    assert attached(host, "ext1", bpf.TCX_INGRESS) == 1
+    assert attached(host, "flannel0", bpf.TCX_EGRESS) == 1
+
+
+@pytest.mark.parametrize("source_check", [True, False])
+def test_two_tunnels_on_one_interface_do_not_meet(make_lab: MakeLab, source_check: bool) -> None:
+    """Each has a port of its own; and without source check the slow way lets in the rest."""
+    lab = make_lab(2, etcd=False)
+    tunnels = [HostTunnel(host, fast=True, source_check=source_check) for host in lab.hosts]
+    connect(lab.hosts, tunnels)
+    pair = Pair([container_of(host) for host in lab.hosts], [], tunnels)
+    host = lab.hosts[0]
+    other = host.inside(lambda: Descriptors.open(host.address, PORT + 1, pattern="other%d"))
+    lab.when_closing(other.close)
+    external = tunnels[0].fast_path._external
+    path = FastPath(external, other.udp, port=PORT + 1, mtu=MTU)
+    lab.when_closing(path.close)
+    host.inside(lambda: path.ensure(other.tun.index))
+    assert attached(host, "eth0", bpf.TCX_INGRESS) == 2
+    get_acquainted(pair)
+    assert path.counters()["received_packets"] == 0
+    # From nobody's public IP.
+    packet = inner(source="10.5.9.9", target="10.5.1.0")
+    wire = packet_socket(lab.hosts[1], "eth0")
+    frame = outer(packet, lab.hosts[1].address + 5, host.address)
+    before = tunnels[0].counters.tun_written_packets
+    wire.send(mac(host) + mac(lab.hosts[1]) + b"\x08\0" + frame)
+    dropped = "unknown_peer"
+    if source_check:
+        eventually(lambda: tunnels[0].counters.drops[dropped] == 1, 3.0, "it to be dropped")
+    else:
+        eventually(lambda: tunnels[0].counters.tun_written_packets > before, 3.0, "it to be let in")
 
 
 def attached(host: Host, device: str, where: int) -> int:
@@ -416,14 +470,27 @@ def test_masquerading_and_forwarded_ports(make_lab: MakeLab) -> None:
     assert (len(got), len(back)) == (100_000, 100_000)
 
 
+def only_answers(host: Host) -> None:
+    """Have the host's firewall let in only answers."""
+    for rule in ("-m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT", "-p udp -j DROP"):
+        host.run(["iptables", "-A", "INPUT", "-i", "eth0", *rule.split()])
+
+
 def test_without_states_a_firewall_lets_the_slow_way_in(make_lab: MakeLab) -> None:
     """Hosts that accept only answers: each must go on sending the slow way now and then."""
     lab, daemons = running(make_lab)
     for host in lab.hosts:
-        rules = ("-m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT", "-p udp -j DROP")
-        for rule in rules:
-            host.run(["iptables", "-A", "INPUT", "-i", "eth0", *rule.split()])
+        only_answers(host)
     one, two = (host.containers[0] for host in lab.hosts)
     both_ways(one, two, megabytes=2)
     assert one.ping(two.address, count=3).lost == 0
     assert all(is_running(daemon.pid) for daemon in daemons)
+
+
+def test_such_a_firewall_and_a_peer_without_a_fast_path(make_lab: MakeLab) -> None:
+    """Its answers come in since the question has passed the firewall, too: that of ping as well."""
+    pair = make(make_lab(2, etcd=False), True, False)
+    one, two = pair.containers
+    only_answers(one.host)
+    assert one.ping(two.address, count=3).lost == 0
+    both_ways(one, two, megabytes=2)

@@ -20,6 +20,7 @@ from network import MakeLab
 from flanneld.backend.udp import programs
 from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.fastpath import FastPath
+from flanneld.backend.udp.greeting import echo_request
 from flanneld.backend.udp.peers import PeerRoute
 from flanneld.backend.udp.tun import Offload
 from flanneld.interface import ExternalInterface
@@ -177,6 +178,12 @@ def inner(
     return reference.with_ip_checksum(packet)
 
 
+def greeting(target: str) -> bytes:
+    """What the tunnel's process sends, with the kernel's header."""
+    packet = inner(ICMP, target=target)[:20] + echo_request(7)
+    return reference.with_ip_checksum(packet[:2] + struct.pack("!H", len(packet)) + packet[4:])
+
+
 def outer(
     packet: bytes,
     source: IPv4Address,
@@ -276,24 +283,42 @@ def test_false_sources_and_strangers_are_left_to_the_process(bench: Bench) -> No
     assert bench.receive(outer(right, there, here)) == ("slow", right)
 
 
+def test_what_is_for_another_machine_is_not_taken(bench: Bench) -> None:
+    """As at a mirror port, or while a switch floods."""
+    bench.here.ip("link set eth0 promisc on")
+    there, here = bench.there.address, bench.here.address
+    datagram = outer(inner(source="10.5.2.2", target="10.5.1.0"), there, here)
+    for target in ("021122334455", "ffffffffffff", "01005e000001"):
+        bench.wire.send(bytes.fromhex(target) + mac(bench.there) + b"\x08\0" + datagram)
+    time.sleep(0.2)
+    assert bench.path.counters()["received_packets"] == 0
+    # One with a tag is the VLAN's device's.
+    tagged = mac(bench.here) + mac(bench.there) + b"\x81\0\0\5\x08\0" + datagram
+    bench.wire.send(tagged)
+    time.sleep(0.2)
+    assert bench.path.counters()["received_packets"] == 0
+
+
 def test_the_longest_prefix_decides(bench: Bench) -> None:
     known(bench)
     other = PeerRoute(IPv4Network("10.5.2.128/25"), IPv4Address("10.97.0.200"))
     bench.path.change([other], [])
-    inside = inner(ICMP, target="10.5.2.200")
-    # Nobody answers for that address on the wire: nothing comes to this host.
-    assert bench.send(inside)[0] == "lost"
-    assert bench.send(inner(ICMP, target="10.5.2.100"))[0] == "fast"
+    # Nobody answers for that public IP on the wire: nothing comes to the other host.
+    assert bench.send(greeting("10.5.2.200"))[0] == "lost"
+    assert bench.send(greeting("10.5.2.100"))[0] == "fast"
 
 
 # Who has a fast path
 
 
-def test_a_peer_that_is_not_known_gets_only_icmp_this_way(bench: Bench) -> None:
+def test_a_peer_that_is_not_known_gets_only_greetings_this_way(bench: Bench) -> None:
     bench.set_peer()
-    assert bench.send(inner(TCP))[0] == "slow"
-    assert bench.send(inner(UDP))[0] == "slow"
-    assert bench.send(inner(ICMP))[0] == "fast"
+    for protocol in (TCP, UDP, ICMP):
+        assert bench.send(inner(protocol))[0] == "slow"
+    question = greeting("10.5.2.0")
+    assert bench.send(question)[0] == "fast"
+    answer = question[:20] + b"\0" + question[21:]
+    assert bench.send(answer)[0] == "fast"
 
 
 def test_only_a_datagram_of_a_fast_path_makes_its_sender_known(bench: Bench) -> None:
@@ -378,6 +403,24 @@ def test_a_router_that_finds_a_datagram_too_big_is_heard(bench: Bench) -> None:
     eventually(lambda: bench.send(inner())[0] == "slow", 3.0, "the smaller path to be known")
 
 
+def test_a_next_hop_with_a_groups_mac(bench: Bench) -> None:
+    """As a cluster of firewalls has it: no packet is lost when the route is looked at anew."""
+    known(bench)
+    group = "03:00:5e:11:11:11"
+    bench.here.ip(f"neigh replace {bench.there.address} lladdr {group} dev eth0")
+    wire = packet_socket(bench.there, "eth0", ETH_P_ALL)
+    seen = 0
+    for _ in range(30):
+        bench.into_tun.send(inner())
+        while select.select([wire], [], [], 0.1)[0]:
+            frame = wire.recv(1 << 16)
+            if frame[:6].hex(":") == group and frame[23] == UDP:
+                seen += 1
+                break
+        time.sleep(0.04)
+    assert seen == 30
+
+
 def test_a_peer_with_another_mac_is_found_again(bench: Bench) -> None:
     known(bench)
     assert bench.send(inner())[0] == "fast"
@@ -446,7 +489,7 @@ def test_packets_at_random_are_sent_as_the_reference_says(bench: Bench) -> None:
 
 def test_datagrams_at_random_are_received_as_the_reference_says(bench: Bench) -> None:
     source = random.Random(2)
-    ways = {"fast": 0, "slow": 0, "lost": 0}
+    ways = {"fast": 0, "slow": 0}
     there, here = bench.there.address, bench.here.address
     for _ in range(EXAMPLES):
         packet = at_random(source)
@@ -454,12 +497,7 @@ def test_datagrams_at_random_are_received_as_the_reference_says(bench: Bench) ->
         datagram = outer(packet, there, here, checksum=checksum)
         way, data = bench.receive(datagram)
         takes = is_plain(packet) and behind(packet, 12) and not checksum
-        if takes and way == "lost":
-            # The kernel looks at what comes out of the device no less than at other packets.
-            ways["lost"] += 1
-            continue
         assert way == ("fast" if takes else "slow"), packet.hex()
         ways[way] += 1
         assert data == (reference.less_ttl(packet) if takes else packet)
-    assert ways["lost"] == 0
-    assert min(ways["fast"], ways["slow"]) > EXAMPLES / 10
+    assert min(ways.values()) > EXAMPLES / 10

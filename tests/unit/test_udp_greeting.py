@@ -6,8 +6,8 @@ from ipaddress import IPv4Address, IPv4Network
 
 import udp_reference as reference
 
-from flanneld.backend.udp import greeting
-from flanneld.backend.udp.greeting import EVERY, Greeter
+from flanneld.backend.udp import greeting, programs
+from flanneld.backend.udp.greeting import EVERY, FORGOTTEN, SELDOM, Greeter
 from flanneld.backend.udp.peers import PeerRoute, RouteTable
 
 
@@ -58,6 +58,29 @@ def test_each_peer_is_greeted_by_its_device_and_not_too_often() -> None:
     greeter.greet([one])
     assert [to for _, to in icmp.sent] == ["10.5.1.0", "10.5.2.0", "10.5.1.0"]
     assert len({data for data, _ in icmp.sent}) == 3
+
+
+def test_who_is_greeted_often_is_greeted_less_often() -> None:
+    icmp, clock = Icmp(), [100.0]
+    greeter, peer = make(icmp, clock), table(1).lookup(bytes([10, 5, 0, 1]))
+    assert peer is not None
+
+    def times(seconds: int) -> list[float]:
+        found = []
+        for _ in range(seconds * 8):
+            before = len(icmp.sent)
+            greeter.greet([peer])
+            if len(icmp.sent) > before:
+                found.append(clock[0] - 100.0)
+            clock[0] += 0.125
+        return found
+
+    assert times(32) == [0.0, 2.0, 6.0, 14.0, 22.0, 30.0]
+    # Long enough before it is forgotten that it has a fast path.
+    assert SELDOM * 1000 + programs.SLOW_EVERY_MS < programs.FAST_MS
+    clock[0] += FORGOTTEN + SELDOM
+    clock[0] = 200.0
+    assert times(4) == [100.0, 102.0]
 
 
 def test_what_cannot_be_sent_is_no_error() -> None:

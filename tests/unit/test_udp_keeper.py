@@ -86,6 +86,9 @@ class Process:
             for subnet in subnets:
                 self.peers.pop(subnet)
 
+    def set_fast_path(self, secret: bytes) -> None:
+        self._told(f"fast path {secret!r}")
+
     def ask_counters(self) -> None:
         if self._told("counters"):
             self.counters = replace(self.real)
@@ -173,6 +176,25 @@ def test_later_changes_go_to_the_tunnel_new_ones_first(bench: Bench) -> None:
     bench.process.calls.clear()
     bench.keeper.change([], [route(77).subnet])
     assert bench.process.calls == []
+
+
+def test_the_fast_path_is_told_when_the_tunnel_is_ready_and_when_it_changes(bench: Bench) -> None:
+    """Not before: a slow start would count as no answer."""
+    keeper = bench.keeper
+    keeper.set_fast_path(b"one")
+    keeper.work()
+    assert bench.process.calls == []
+    bench.get_ready()
+    assert bench.process.calls[:2] == ["fast path b'one'", "replace"]
+    bench.process.calls.clear()
+    for secret in (b"one", b"", b"", b"two"):
+        keeper.set_fast_path(secret)
+    assert bench.process.calls == ["fast path b''", "fast path b'two'"]
+    bench.process.exit = Exit.DIED
+    keeper.set_fast_path(b"three")
+    keeper.work()
+    bench.get_ready()
+    assert bench.process.calls[:2] == ["fast path b'three'", "replace"]
 
 
 def test_a_tunnel_that_died_is_started_again_with_all_peers(

@@ -71,6 +71,20 @@ def test_the_longest_prefix_wins(
         assert table.knows(str(ip)) is (ip in model.values())
 
 
+def test_a_peer_s_device_is_its_present_subnet_s() -> None:
+    table = RouteTable(1)
+    table.set([route("10.5.1.0/24", "1.2.3.4")])
+    # The host takes another subnet: the new one comes first, the old one goes then.
+    table.set([route("10.5.7.0/24", "1.2.3.4")])
+    table.remove([IPv4Network("10.5.1.0/24")])
+    peer = table.lookup(bytes((10, 5, 7, 9)))
+    assert peer is not None
+    assert peer.device == "10.5.7.0"
+    assert table.knows("1.2.3.4")
+    table.remove([IPv4Network("10.5.7.0/24")])
+    assert not table.knows("1.2.3.4")
+
+
 def test_a_scan_does_not_fill_the_memory() -> None:
     table = RouteTable(1)
     table.set([route("10.5.1.0/24", "1.2.3.4")])

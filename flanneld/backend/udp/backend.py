@@ -15,6 +15,7 @@ from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.fastpath import FastPath
 from flanneld.backend.udp.keeper import TunnelKeeper
 from flanneld.backend.udp.network import TunDevice, UdpNetwork
+from flanneld.backend.udp.packet import OVERHEAD
 from flanneld.backend.udp.process import TunnelProcess
 from flanneld.backend.udp.tun import AddressInUse
 from flanneld.errors import Stopped
@@ -29,9 +30,6 @@ log = logging.getLogger(__name__)
 
 # Not IANA's, but flannel's since its first version.
 DEFAULT_PORT = 8285
-
-# What the tunnel puts before an IP packet: 20 bytes of IPv4, 8 of UDP.
-OVERHEAD = 28
 
 # Seconds for a former run's tunnel to let go of the port: it ends with its daemon, but not in the
 # same moment.
@@ -89,7 +87,6 @@ class Udp:
                 port=keys.port,
                 mtu=mtu,
                 source_check=keys.source_check,
-                secret=fast_path.secret,
             )
 
         try:

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 from flanneld.backend.udp.peers import PeerRoute
 
-VERSION = 1
+VERSION = 2
 
 # Exit statuses of the tunnel's process.
 ENDED, FAILED, TUN_LOST = 0, 1, 3
@@ -36,7 +36,8 @@ class Op(enum.IntEnum):
     REPLACE = 3
     STATISTICS = 4
     FAST_PATH = 5
-    """The kernel moves packets, too; the body is what super-packets from it begin with."""
+    """The kernel moves packets, too, and super-packets from it begin with the body; or, if that is
+    empty, it does not."""
     READY = 16
     DONE = 17
     """The answer to a command; to STATISTICS with `Counters.encode` as body."""

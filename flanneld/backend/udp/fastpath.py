@@ -15,6 +15,8 @@ stays what knows and decides everything, and a host without eBPF lacks nothing b
   not the datagrams that the kernel moves. So that its connection tracking goes on letting in those
   of the slow way, one packet in a few seconds takes it. IPsec would be passed by: where there are
   policies, there is no fast path.
+- Nothing that is on the way is lost when it comes or goes, but for what a virtual link has brought
+  half done: of that TCP sends again.
 """
 
 import errno
@@ -29,16 +31,17 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 
 from flanneld.backend.udp import programs
+from flanneld.backend.udp.packet import SECRET_BYTES
 from flanneld.backend.udp.peers import PeerRoute
 from flanneld.backend.udp.programs import COUNTERS, PEER_BYTES, Path
 from flanneld.clock import now
 from flanneld.interface import ExternalInterface
-from flanneld.kernel import ipsec
-from flanneld.kernel.bpf import TCX_EGRESS, TCX_INGRESS, CounterMap, PrefixMap, Program
+from flanneld.kernel.bpf import TCX_EGRESS, TCX_INGRESS, CounterMap, Link, PrefixMap, Program
+from flanneld.kernel.ipsec import Policies
 
 log = logging.getLogger(__name__)
 
-# Seconds between two looks at what the kernel says nothing about: IPsec policies.
+# Seconds between two looks whether it is still, or again, as it should be.
 CHECK = 5.0
 # Peers there is room for; empty it takes no memory.
 _MOST_PEERS = 1 << 20
@@ -55,11 +58,16 @@ class FastPathError(Exception):
 class _Attached:
     """What is hooked in; gone when ``held`` is closed, in whatever way."""
 
-    tun: int
-    external: int
+    secret: bytes
     peers: PrefixMap
     counters: CounterMap
+    external: Link
+    tun: Link
     held: ExitStack
+
+    def is_on(self, external: int, tun: int) -> bool:
+        """Tell whether it is on these devices, and not on former ones with the same indices."""
+        return (self.external.index(), self.tun.index()) == (external, tun)
 
 
 class FastPath:
@@ -87,8 +95,7 @@ class FastPath:
         self._peers: dict[IPv4Network, PeerRoute] = {}
         self._tun = 0
         self._check_at = 0.0
-        self.secret = os.urandom(programs.SECRET_BYTES) if wanted else b""
-        """For the tunnel's process; empty if there will never be a fast path."""
+        self._policies: Policies | None = None
         self._trouble = "" if wanted else "FastPath is false"
         """Why there is none; empty if there is one, or it was not tried yet."""
 
@@ -97,13 +104,25 @@ class FastPath:
         """Whether packets go by it."""
         return self._attached is not None
 
+    @property
+    def secret(self) -> bytes:
+        """What the tunnel's process must know while packets go by it; else empty."""
+        return b"" if self._attached is None else self._attached.secret
+
+    def fileno(self) -> int | None:
+        """Return the descriptor that becomes readable when `work` is due at once."""
+        return None if self._policies is None else self._policies.fileno()
+
     def due(self) -> float | None:
         """Return the seconds until `work` has something to do; None if it never has."""
         return max(0.0, self._check_at - now()) if self._wanted else None
 
-    def work(self) -> None:
+    def work(self, *, at_once: bool = False) -> None:
         """Look whether it still may be, and can be now, if it is time."""
-        if self._tun and now() >= self._check_at:
+        if at_once and self._policies is not None:
+            # In any case, or it would be due at once for ever.
+            self._policies.forget()
+        if self._tun and (at_once or now() >= self._check_at):
             self.ensure(self._tun)
 
     def ensure(self, tun: int) -> None:
@@ -114,8 +133,8 @@ class FastPath:
         self._check_at = now() + CHECK
         try:
             external = self._external_index()
-            at = self._attached
-            if at is not None and (at.tun, at.external) != (tun, external):
+            self._check_policies()
+            if self._attached is not None and not self._attached.is_on(external, tun):
                 self._detach()
             if self._attached is None:
                 self._attached = self._attach(tun, external)
@@ -128,8 +147,7 @@ class FastPath:
 
     def is_touched_by(self, index: int, name: str) -> bool:
         """Tell whether the device that changed is the one it is attached to beside the TUN."""
-        at = self._attached
-        return name == self._external.name or (at is not None and index == at.external)
+        return index == self._external.index or name == self._external.name
 
     def change(self, put: Iterable[PeerRoute], drop: Iterable[IPv4Network]) -> None:
         """Send to these peers from now on, and to those no more."""
@@ -153,31 +171,47 @@ class FastPath:
 
     def report(self) -> None:
         """Log the counters."""
-        words = " ".join(f"{name}={value}" for name, value in self.counters().items())
+        try:
+            words = " ".join(f"{name}={value}" for name, value in self.counters().items())
+        except OSError as error:
+            words = f"on, but it cannot be read ({error.strerror})"
         log.info("udp fast path: %s", words or f"off ({self._trouble})")
 
     def close(self) -> None:
         """Detach it for good. Safe to repeat."""
         self._detach()
         self._tun = 0
+        if self._policies is not None:
+            self._policies.close()
+            self._policies = None
 
     def _external_index(self) -> int:
+        """Return the external interface's index: it may have been renamed, or made anew."""
+        name = self._external.name
         try:
-            index = socket.if_nametoindex(self._external.name)
-            request = _IFREQ.pack(self._external.name.encode(), 0)
-            answer = fcntl.ioctl(self._udp, _SIOCGIFHWADDR, request)
+            index = self._external.index
+            try:
+                name = socket.if_indextoname(index)
+            except OSError:
+                index = socket.if_nametoindex(name)
+            answer = fcntl.ioctl(self._udp, _SIOCGIFHWADDR, _IFREQ.pack(name.encode(), 0))
         except OSError:
-            raise FastPathError(f"there is no {self._external.name}") from None
+            raise FastPathError(f"there is no {name}") from None
         if _IFREQ.unpack(answer)[1] != _ARPHRD_ETHER:
-            raise FastPathError(f"{self._external.name} is no Ethernet device")
-        if self._mtu + programs.OVERHEAD > self._external.mtu:
-            raise FastPathError(
-                f"MTU {self._mtu} and {programs.OVERHEAD} is more than that of"
-                f" {self._external.name}, {self._external.mtu}"
-            )
-        if ipsec.policies():
-            raise FastPathError("this host has IPsec policies, which it would pass by")
+            raise FastPathError(f"{name} is no Ethernet device")
         return index
+
+    def _check_policies(self) -> None:
+        try:
+            if self._policies is None:
+                self._policies = Policies()
+            exist = self._policies.exist()
+        except OSError as error:
+            if error.errno != errno.EPROTONOSUPPORT:
+                raise
+            return  # a kernel without IPsec
+        if exist:
+            raise FastPathError("this host has IPsec policies, which it would pass by")
 
     def _attach(self, tun: int, external: int) -> _Attached:
         held = ExitStack()
@@ -186,7 +220,7 @@ class FastPath:
             held.callback(peers.close)
             counters = CounterMap("flannel_counts", len(COUNTERS))
             held.callback(counters.close)
-
+            secret = os.urandom(SECRET_BYTES)
             path = Path(
                 peers=peers.fd,
                 counters=counters.fd,
@@ -195,24 +229,18 @@ class FastPath:
                 external=external,
                 tun=tun,
                 mtu=self._mtu,
-                secret=self.secret,
+                secret=secret,
             )
             ingress = Program("flannel_in", programs.ingress(path))
             held.callback(ingress.close)
             egress = Program("flannel_out", programs.egress(path))
             held.callback(egress.close)
             # First what is received: what is sent tells the peers that they may send.
-            for program, index, where in (
-                (ingress, external, TCX_INGRESS),
-                (egress, tun, TCX_EGRESS),
-            ):
-                try:
-                    held.callback(program.attach(index, where).close)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    raise FastPathError("this kernel has no TCX, which came with 6.6") from None
-            return _Attached(tun, external, peers, counters, held)
+            incoming = _hook_in(ingress, external, TCX_INGRESS)
+            held.callback(incoming.close)
+            outgoing = _hook_in(egress, tun, TCX_EGRESS)
+            held.callback(outgoing.close)
+            return _Attached(secret, peers, counters, incoming, outgoing, held)
         except BaseException:
             held.close()
             raise
@@ -232,6 +260,15 @@ class FastPath:
     def _put(self, routes: Iterable[PeerRoute]) -> None:
         if self._attached is not None:
             self._attached.peers.put({_key(r.subnet): programs.peer(r.public_ip) for r in routes})
+
+
+def _hook_in(program: Program, index: int, where: int) -> Link:
+    try:
+        return program.attach(index, where)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise FastPathError("this kernel has no TCX, which came with Linux 6.6") from None
 
 
 def _key(subnet: IPv4Network) -> bytes:

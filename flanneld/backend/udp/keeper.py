@@ -49,6 +49,7 @@ class TunnelKeeper:
         self._start_process = start
         self._process: TunnelProcess | None = None
         self._peers: dict[IPv4Network, PeerRoute] = {}
+        self._secret = b""
         self._started = 0.0
         self._start_at = 0.0
         self._check_at = 0.0
@@ -93,6 +94,18 @@ class TunnelKeeper:
                 self._process.set_peers(new)
             if gone:
                 self._process.remove_peers(gone)
+        except TunnelError as error:
+            self._ended(str(error))
+
+    def set_fast_path(self, secret: bytes) -> None:
+        """Have the tunnel know the fast path's secret, or by an empty one that there is none."""
+        if secret == self._secret:
+            return
+        self._secret = secret
+        if self._process is None or not self._handed_over:
+            return  # it gets it when it is ready
+        try:
+            self._process.set_fast_path(secret)
         except TunnelError as error:
             self._ended(str(error))
 
@@ -150,6 +163,8 @@ class TunnelKeeper:
             if now() >= self._check_at:
                 raise TunnelError(f"it is not ready after {START_SECONDS:.0f} s")
         elif not self._handed_over:
+            if self._secret:
+                process.set_fast_path(self._secret)
             process.replace_peers(self._peers.values())
             self._handed_over = True
             self._check_at = now() + CHECK

@@ -160,7 +160,7 @@ class UdpNetwork:
                 self._apply(batch)
             if reconciler.fileno() in ready:
                 self._watch.note(reconciler.handle())
-            self._mend(reconciler)
+            self._mend(reconciler, policies=self._fast_path.fileno() in ready)
             if reconciler.in_step and self._keeper.in_step and not announced:
                 announced = True
                 synced()
@@ -173,9 +173,9 @@ class UdpNetwork:
         poll = select.poll()
         poll.register(self._feed, select.POLLIN)
         poll.register(reconciler, select.POLLIN)
-        tunnel = self._keeper.fileno()
-        if tunnel is not None:
-            poll.register(tunnel, select.POLLIN)
+        for descriptor in (self._keeper.fileno(), self._fast_path.fileno()):
+            if descriptor is not None:
+                poll.register(descriptor, select.POLLIN)
         times = [self._watch.due(), self._fast_path.due()]
         if self._complete:
             times.append(self._keeper.due())
@@ -205,15 +205,19 @@ class UdpNetwork:
         self._fast_path.change(put.values(), drop)
         self._complete = True
 
-    def _mend(self, reconciler: Reconciler) -> None:
-        """The device first, then the tunnel, then the route that leads into it."""
+    def _mend(self, reconciler: Reconciler, *, policies: bool) -> None:
+        """The device first, then the tunnel, then the route that leads into it.
+
+        ``policies``: the host's IPsec policies have changed.
+        """
         if self._keeper.lost_device and not self._watch.is_planned:
             self._watch.plan()
         if self._watch.due() == 0.0 and self._watch.look():
             self._placed = False
         if self._complete:
             self._keeper.work()
-        self._fast_path.work()
+        self._fast_path.work(at_once=policies)
+        self._keeper.set_fast_path(self._fast_path.secret)
         if self._watch.is_planned:
             return
         if self._placed:

@@ -29,6 +29,16 @@ VNET_PLAIN = bytes(VNET_LEN)
 NEEDS_CSUM = 1
 GSO_NONE, GSO_TCPV4, GSO_UDP_L4, GSO_ECN = 0, 1, 5, 0x80
 
+# Bytes before a packet in a datagram: IPv4 and UDP.
+OVERHEAD = IP_HEADER + UDP_HEADER
+
+# Before a super-packet from the fast path: what shows where it comes from, a virtio header.
+SECRET_BYTES = 8
+WHOLE_BYTES = SECRET_BYTES + VNET_LEN
+
+# Of an echo request between two tunnels; "fl". The fast path knows it by that.
+GREETING_ID = 0x666C
+
 # Where the checksum is in a TCP and in a UDP header.
 TCP_CSUM, UDP_CSUM = 16, 6
 

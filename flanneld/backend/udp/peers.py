@@ -15,13 +15,13 @@ class PeerRoute:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Peer:
-    """A peer's public address; one object for each."""
+    """A peer's public address, as routes lead to it."""
 
     ip: str
     address: tuple[str, int]
     """The same with the port, as a socket takes it."""
     device: str
-    """The address of its TUN device, the first of its subnet."""
+    """The address of its TUN device, the first of the route's subnet."""
 
 
 # Destinations remembered, at 100 bytes each. A scan through the network must not eat memory.
@@ -96,9 +96,9 @@ class RouteTable:
     def _use(self, route: PeerRoute) -> Peer:
         ip = str(route.public_ip)
         self._routes_of[ip] = self._routes_of.get(ip, 0) + 1
+        device = str(route.subnet.network_address)
         peer = self._peers.get(ip)
-        if peer is None:
-            device = str(route.subnet.network_address)
+        if peer is None or peer.device != device:
             peer = self._peers[ip] = Peer(ip, (ip, self._port), device)
         return peer
 

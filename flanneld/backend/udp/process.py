@@ -64,12 +64,8 @@ class TunnelProcess:
         port: int,
         mtu: int,
         source_check: bool = True,
-        secret: bytes = b"",
     ) -> None:
-        """``port`` is that of all tunnels, ``mtu`` the TUN device's. Raises TunnelError.
-
-        ``secret``: that of the fast path, if there is one.
-        """
+        """``port`` is that of all tunnels, ``mtu`` the TUN device's. Raises TunnelError."""
         self.ready = False
         """It listens to commands."""
         self.counters = Counters()
@@ -105,9 +101,6 @@ class TunnelProcess:
             raise TunnelError(f"cannot be started: {error.strerror}") from error
         finally:
             theirs.close()
-        if secret:
-            number = self._next()
-            self._send(number, iter([Message(Op.FAST_PATH, number, secret)]))
 
     @property
     def pid(self) -> int:
@@ -141,6 +134,11 @@ class TunnelProcess:
         """Make these all the peers there are, in one step."""
         number = self._next()
         self._send(number, control.route_messages(Op.REPLACE, number, list(routes)))
+
+    def set_fast_path(self, secret: bytes) -> None:
+        """Tell it the fast path's secret, or by an empty one that there is none."""
+        number = self._next()
+        self._send(number, iter([Message(Op.FAST_PATH, number, secret)]))
 
     def ask_counters(self) -> None:
         """Ask for the counters as of now."""

@@ -12,7 +12,15 @@ import sys
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
-from flanneld.backend.udp.packet import GSO_TCPV4, GSO_UDP_L4, NEEDS_CSUM
+from flanneld.backend.udp.packet import (
+    GREETING_ID,
+    GSO_TCPV4,
+    GSO_UDP_L4,
+    NEEDS_CSUM,
+    OVERHEAD,
+    SECRET_BYTES,
+    WHOLE_BYTES,
+)
 from flanneld.kernel.bpf_asm import Assembler, If, Op, Reg, Size
 
 R0, R1, R2, R3, R4, R5 = Reg.R0, Reg.R1, Reg.R2, Reg.R3, Reg.R4, Reg.R5
@@ -35,9 +43,6 @@ def peer(public_ip: IPv4Address) -> bytes:
 COUNTERS = ("sent_packets", "sent_bytes", "received_packets", "received_bytes")
 _SENT, _RECEIVED = 0, 2
 
-SECRET_BYTES, _VNET_BYTES = 8, 10
-WHOLE_BYTES = SECRET_BYTES + _VNET_BYTES
-"""Before a super-packet for the tunnel's process: the secret, a virtio header for the device."""
 
 MS = 1_000_000
 FAST_MS = 15_000
@@ -49,20 +54,20 @@ SLOW_EVERY_MS = 5_000
 SLOW_SUPER_MS = 20_000
 _ROUTE_MS = 1_000
 
-OVERHEAD = 28
-"""Bytes of headers before a packet: IPv4 and UDP."""
-
 # The longest packet that is taken: with all that comes before it its length must fit into 16 bits.
 _LONGEST = 0xFFFF - OVERHEAD - WHOLE_BYTES
 
 # linux/bpf.h: struct __sk_buff
-_LEN, _MARK, _PROTOCOL, _VLAN_PRESENT, _GSO_SIZE = 0, 8, 16, 20, 176
+_LEN, _PACKET_TYPE, _MARK, _PROTOCOL, _VLAN_PRESENT, _GSO_SIZE = 0, 4, 8, 16, 20, 176
 # linux/bpf.h: helpers
 _MAP_LOOKUP, _STORE, _REDIRECT, _LOAD, _CHANGE_HEAD = 1, 9, 23, 26, 43
 _ADJUST_ROOM, _FIB_LOOKUP, _REDIRECT_NEIGH, _KTIME = 50, 69, 152, 160
 _ROOM_NET, _ROOM_MAC = 0, 1
 _FIXED_GSO, _ENCAP_IPV4, _ENCAP_UDP = 1, 2, 16
 _INGRESS = 1
+_INVALIDATE_HASH = 2
+# linux/if_packet.h
+_PACKET_HOST = 0
 # linux/bpf.h: struct bpf_fib_lookup
 _FIB_BYTES, _FIB_LENGTH, _FIB_IFINDEX, _FIB_SRC, _FIB_DST = 64, 6, 8, 16, 32
 _FIB_SMAC, _FIB_DMAC, _MAC = 52, 58, 6
@@ -99,7 +104,7 @@ class Path:
     """What the programs are assembled for."""
 
     peers: int
-    """The map of the peers (`PEER`) by subnet; a descriptor."""
+    """The map of the peers (`peer`) by subnet; a descriptor."""
     counters: int
     """The map of `COUNTERS`; a descriptor."""
     address: IPv4Address
@@ -132,16 +137,13 @@ def egress(path: Path) -> bytes:
     _find_peer(a, path.peers)
     a.call(_KTIME)
     a.mov(R7, R0)
-    # ICMP has no checksum that a device still has to complete, and every peer can read it: this is
-    # how two fast paths get to know each other.
-    a.load(B, R1, FP, inner + 9)
-    a.jump(If.EQ, R1, _ICMP, "fast")
-    a.load(DW, R1, R9, _PEER_FAST_UNTIL)
-    a.jump(If.LE, R1, R7, "pass")
-    _now_and_then_slow(a)
-    a.label("fast")
+    _only_to_the_fast(a, inner)
     _check_route(a, path, fib)
     _copy(a, (R9, _PEER_ETHERNET), (FP, ethernet), _ETHERNET)
+    a.jump(If.NE, R7, 0, "addressed")
+    # Whatever is there must not look like a group's address.
+    a.store(H, FP, ethernet, 0)
+    a.label("addressed")
     _write_outer(a, path, outer)
     _adjust_room(a, _OUTER, _ROOM_MAC, _FIXED_GSO | _ENCAP_IPV4 | _ENCAP_UDP)
     a.jump(If.NE, R0, 0, "pass")
@@ -186,6 +188,9 @@ def ingress(path: Path) -> bytes:
     _only_ipv4(a)
     a.load(W, R1, R6, _VLAN_PRESENT)
     a.jump(If.NE, R1, 0, "pass")
+    # A mirror port's, say.
+    a.load(W, R1, R6, _PACKET_TYPE)
+    a.jump(If.NE, R1, _PACKET_HOST, "pass")
     _load(a, _ETHERNET, outer, 2 * _OUTER)
     _only_to_us(a, path, outer)
     _only_plain(a, inner)
@@ -216,6 +221,7 @@ def ingress(path: Path) -> bytes:
     _store(a, _ETHERNET + _IP, head, 8 + WHOLE_BYTES)
     _store(a, _ETHERNET + _OUTER + WHOLE_BYTES + 8, inner + 8, 4)
     _verdict(a, "pass", _NEXT)
+    _verdict(a, "drop", _DROP)
     return a.assemble()
 
 
@@ -243,14 +249,18 @@ def _load(a: Assembler, offset: int, at: int, length: int) -> None:
 
 
 def _store(a: Assembler, offset: int, at: int, length: int) -> None:
-    """Copy so many bytes of the stack into the packet."""
+    """Copy so many bytes of the stack into the packet, which is another one by that.
+
+    Drops what cannot be written any more: it is not what it was.
+    """
     a.mov(R1, R6)
     a.mov(R2, offset)
     a.mov(R3, FP)
     a.alu(Op.ADD, R3, at)
     a.mov(R4, length)
-    a.mov(R5, 0)
+    a.mov(R5, _INVALIDATE_HASH)
     a.call(_STORE)
+    a.jump(If.NE, R0, 0, "drop")
 
 
 def _adjust_room(a: Assembler, length: int, mode: int, flags: int) -> None:
@@ -362,6 +372,24 @@ def _look_up(a: Assembler, map_fd: int, otherwise: str) -> None:
     a.jump(If.EQ, R0, 0, otherwise)
 
 
+def _only_to_the_fast(a: Assembler, inner: int) -> None:
+    """Take only what goes to a peer with a fast path, and greetings with their answers.
+
+    These have no checksum that a device still has to complete, and any peer can read them: by them
+    two fast paths get to know each other.
+    """
+    a.load(DW, R1, R9, _PEER_FAST_UNTIL)
+    a.jump(If.GT, R1, R7, "fast")
+    a.load(B, R1, FP, inner + 9)
+    a.jump(If.NE, R1, _ICMP, "pass")
+    a.load(H, R1, FP, inner + 24)
+    a.jump(If.NE, R1, _raw16(GREETING_ID), "pass")
+    a.goto("greeting")
+    a.label("fast")
+    _now_and_then_slow(a)
+    a.label("greeting")
+
+
 def _now_and_then_slow(a: Assembler) -> None:
     """Let one packet in some seconds pass, a super-packet only if there was no other for long.
 
@@ -416,6 +444,8 @@ def _check_route(a: Assembler, path: Path, at: int) -> None:
     a.jump(If.EQ, R0, _FIB_NO_NEIGHBOUR, "routed")
     a.jump(If.NE, R0, _FIB_SUCCESS, "pass")
     a.jump(If.NE, R1, path.external, "pass")
+    a.mov(R2, 0)
+    a.store(DW, R9, _PEER_ROUTED_UNTIL, R2)
     _copy(a, (FP, at + _FIB_DMAC), (R9, _PEER_ETHERNET), _MAC)
     _copy(a, (FP, at + _FIB_SMAC), (R9, _PEER_ETHERNET + _MAC), _MAC)
     _later(a, R2, _ROUTE_MS)

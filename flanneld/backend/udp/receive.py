@@ -18,14 +18,15 @@ from flanneld.backend.udp.packet import (
     GSO_TCPV4,
     IP_HEADER,
     LONGEST_PACKET,
+    SECRET_BYTES,
     TCP,
     UDP,
     VNET_LEN,
     VNET_PLAIN,
+    WHOLE_BYTES,
     Buffer,
 )
 from flanneld.backend.udp.peers import RouteTable
-from flanneld.backend.udp.programs import SECRET_BYTES, WHOLE_BYTES
 from flanneld.backend.udp.tun import UDP_GRO
 
 # Shapes of batches remembered.
@@ -97,11 +98,11 @@ class Receiver:
             # Nothing there, or about something sent earlier.
             return
         size = _size_of_each(control, length)
+        admit = self._admit(address[0])
         if self._is_whole(0, length):
-            self._write_whole(0, length)
+            self._write_whole(0, length, admit)
             return
         packets = self._count(length, size)
-        admit = self._admit(address[0])
         if admit is None:
             self._counters.drop_unknown_peer += packets
         elif packets == 1:
@@ -137,7 +138,7 @@ class Receiver:
                 continue
             if self._is_whole(end, length):
                 self._take(rows, size, admit)
-                self._write_whole(end, length)
+                self._write_whole(end, length, self._admit(address[0]))
                 rows = end = 0
                 budget -= _BATCH_COST
                 continue
@@ -173,9 +174,12 @@ class Receiver:
         secret = self.secret
         return bool(secret) and length > WHOLE_BYTES and self._view[at : at + len(secret)] == secret
 
-    def _write_whole(self, at: int, length: int) -> None:
-        """Write it as it is, behind what has come before."""
-        self._coalescer.flush()
+    def _write_whole(self, at: int, length: int, admit: Admit | None) -> None:
+        """Write it as it is, behind what has come before.
+
+        The fast path has looked at its source. But the secret may not be one any more: an ICMP
+        error about a datagram quotes it.
+        """
         view = self._view[at + SECRET_BYTES : at + length]
         size = int.from_bytes(view[4:6], sys.byteorder) or 1
         packets = max(1, (len(view) - VNET_LEN) // size)
@@ -183,7 +187,13 @@ class Receiver:
         counters.udp_receive_calls += 1
         counters.udp_received_packets += packets
         counters.udp_received_bytes += length - WHOLE_BYTES
-        self._write((view,), packets)
+        if admit is None:
+            counters.drop_unknown_peer += packets
+        elif not admit(view[VNET_LEN + 12 : VNET_LEN + 16].tobytes()):
+            counters.drop_wrong_source += packets
+        else:
+            self._coalescer.flush()
+            self._write((view,), packets)
 
     def _count(self, length: int, size: int) -> int:
         """Count what a call received; returns the number of packets."""

@@ -206,7 +206,8 @@ class Tunnel:
             self._counters.peers = len(self._routes)
         elif message.op is Op.FAST_PATH:
             self._receiver.secret = message.body
-            if self._icmp is not None:
+            self._greeter = None
+            if message.body and self._icmp is not None:
                 self._greeter = Greeter(self._icmp, time.monotonic)
         elif message.op is Op.STATISTICS:
             body = self._counters.encode()
