@@ -78,6 +78,13 @@ def make_pair(lab: Lab, kind: str, proxy: Path) -> Pair:
     return pair
 
 
+def as_over_a_wire(host: Host) -> None:
+    """Have nothing larger than a datagram leave by the host's eth0, as by a network card."""
+    names = ("tx-tcp", "tx-udp", "tx-udp_tnl", "tx-udp_tnl-csum")
+    off = [word for name in names for word in (f"{name}-segmentation", "off")]
+    host.run(["ethtool", "-K", "eth0", *off])
+
+
 def _connect_by_kernel(host: Host, other: Host, kind: str) -> None:
     subnet = subnet_of(other)
     if kind == "routing":

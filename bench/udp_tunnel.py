@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.pairs import KINDS, Ends, Pair, build, make_pair
+from bench.pairs import KINDS, Ends, Pair, as_over_a_wire, build, make_pair
 from bench.tcp import CONGESTION
 from lab import Lab, needs
 from lab.process import end
@@ -230,9 +230,13 @@ def main() -> int:
     parser.add_argument("--only", default="", help="loads whose name contains this")
     parser.add_argument("--pairs", default="", help="comma separated; c is always measured")
     parser.add_argument("--congestion", default=CONGESTION, help="congestion control of TCP")
+    parser.add_argument(
+        "--wire", action="store_true", help="no super-packets between the hosts, as on a wire"
+    )
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args()
     packages = {name: needs.PACKAGES[name] for name in ("ip", "nsenter")} | {"gcc": "gcc"}
+    packages |= {"ethtool": "ethtool"} if options.wire else {}
     problem = needs.missing(packages)
     if problem:
         print(f"The benchmark cannot run: {problem}", file=sys.stderr)
@@ -247,6 +251,10 @@ def main() -> int:
     with Lab(0, etcd=False) as lab, ExitStack():
         traffic, proxy = build(lab.directory)
         pairs = {name: make_pair(lab, name, proxy) for name in KINDS if name in names}
+        if options.wire:
+            for pair in pairs.values():
+                for container in pair.containers:
+                    as_over_a_wire(container.host)
         bench = Bench(lab, traffic, options.seconds, options.congestion)
         memory: dict[str, object] = {}
         if "ours" in pairs:

@@ -16,7 +16,7 @@ from test_udp_programs import ETH_P_ALL, inner, mac, outer, packet_socket
 from test_udp_tunnel import udp_socket
 from transfer import both_ways, one_way
 
-from bench.pairs import Pair
+from bench.pairs import Pair, as_over_a_wire
 from flanneld.backend.udp import fastpath, programs
 from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.fastpath import FastPath
@@ -64,12 +64,6 @@ def get_acquainted(pair: Pair) -> None:
     before = [sent_fast(tunnel) for tunnel in pair.tunnels]
     assert one.ping(two.address, count=2).lost == 0
     assert [sent_fast(tunnel) for tunnel in pair.tunnels] == [n + 2 for n in before]
-
-
-def as_over_a_wire(host: Host) -> None:
-    """Have nothing larger than a datagram leave by eth0, as by a network card."""
-    off = ["tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation", "tx-udp-segmentation"]
-    host.run(["ethtool", "-K", "eth0", *(word for name in off for word in (name, "off"))])
 
 
 # What goes by it
