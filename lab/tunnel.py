@@ -111,6 +111,7 @@ class HostTunnel:
         """Add peers or change them; done when this returns, as for all of these."""
         routes = list(routes)
         self.fast_path.change(routes, [])
+        self._known |= {route.subnet for route in routes}
         self.process.set_peers(routes)
         self.process.wait_settled()
 
@@ -118,6 +119,7 @@ class HostTunnel:
         """Remove peers."""
         subnets = list(subnets)
         self.fast_path.change([], subnets)
+        self._known -= set(subnets)
         self.process.remove_peers(subnets)
         self.process.wait_settled()
 

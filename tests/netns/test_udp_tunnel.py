@@ -478,7 +478,9 @@ def test_one_socket_and_device_cannot_be_opened_twice(pair: Pair) -> None:
 
 
 # FLANNEL_UDP_MB=2000 for the long one.
-def test_much_data_while_peers_come_and_go(pair: Pair) -> None:
+@pytest.mark.parametrize("fast", [False, True], ids=["by the process", "with the fast path"])
+def test_much_data_while_peers_come_and_go(make_lab: MakeLab, fast: bool) -> None:
+    pair = make(make_lab(2, etcd=False), fast=fast)
     megabytes = int(os.environ.get("FLANNEL_UDP_MB", "200"))
     dice = random.Random(2)
     others = [
@@ -498,3 +500,5 @@ def test_much_data_while_peers_come_and_go(pair: Pair) -> None:
                     tunnel.replace_peers([*chosen, route_to(other.host)])
 
     both_ways(*both(pair), megabytes=megabytes, meanwhile=change_peers)
+    if fast:
+        assert pair.tunnels[0].fast_path.counters()["sent_bytes"] > megabytes << 19
