@@ -43,7 +43,6 @@ def peer(public_ip: IPv4Address) -> bytes:
 COUNTERS = ("sent_packets", "sent_bytes", "received_packets", "received_bytes")
 _SENT, _RECEIVED = 0, 2
 
-
 MS = 1_000_000
 FAST_MS = 15_000
 """How long one datagram without a checksum shows that its sender has a fast path."""
@@ -444,8 +443,8 @@ def _check_route(a: Assembler, path: Path, at: int) -> None:
     a.jump(If.EQ, R0, _FIB_NO_NEIGHBOUR, "routed")
     a.jump(If.NE, R0, _FIB_SUCCESS, "pass")
     a.jump(If.NE, R1, path.external, "pass")
-    a.mov(R2, 0)
-    a.store(DW, R9, _PEER_ROUTED_UNTIL, R2)
+    # Not the old one's time for half of the new header.
+    a.store(DW, R9, _PEER_ROUTED_UNTIL, 0)
     _copy(a, (FP, at + _FIB_DMAC), (R9, _PEER_ETHERNET), _MAC)
     _copy(a, (FP, at + _FIB_SMAC), (R9, _PEER_ETHERNET + _MAC), _MAC)
     _later(a, R2, _ROUTE_MS)
