@@ -231,8 +231,8 @@ class Demo:
             raise Untrue(f"the subnet {before} again", str(after), daemon)
         if self.backend == "udp":
             self.report.note(
-                f"{label} has its subnet {after} back. With the udp backend the daemon itself"
-                " carries the packets: those sent while it was dead are lost."
+                f"{label} has its subnet {after} back. With the udp backend the packets' way"
+                " ends with the daemon: those sent while it was dead are lost."
             )
             return
         self.report.note(

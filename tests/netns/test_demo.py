@@ -35,7 +35,7 @@ def left_of(pid: int) -> list[Path]:
     return [path for parent in parents for path in parent.glob(f"fl{pid}-*")]
 
 
-# With udp the daemon's own tunnel carries the packets: what it loses while dead is shown.
+# With udp the packets' way ends with the daemon: what is lost while it is dead is shown.
 @pytest.mark.parametrize(("backend", "lost"), [("vxlan", "0"), ("host-gw", "0"), ("udp", r"\d+")])
 def test_the_demo_shows_two_hosts_and_what_is_lost(backend: str, lost: str) -> None:
     with demo("--hosts", "2", "--backend", backend) as process:

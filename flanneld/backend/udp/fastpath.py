@@ -96,7 +96,7 @@ class FastPath:
         self._tun = 0
         self._check_at = 0.0
         self._policies: Policies | None = None
-        self._trouble = "" if wanted else "FastPath is false"
+        self._trouble = ""
         """Why there is none; empty if there is one, or it was not tried yet."""
 
     @property
@@ -128,6 +128,9 @@ class FastPath:
     def ensure(self, tun: int) -> None:
         """Attach it to the TUN device of that index, if it is not; say what changed."""
         if not self._wanted:
+            if not self._trouble:
+                self._trouble = "FastPath is false"
+                self.report()
             return
         self._tun = tun
         self._check_at = now() + CHECK
@@ -248,6 +251,8 @@ class FastPath:
     def _give_up(self, error: Exception) -> None:
         self._detach()
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, OSError) and error.errno == errno.EPERM:
+            why = "no right to load eBPF programs: CAP_BPF, and bpf in the system call filter"
         if why != self._trouble:
             log.warning("All packets go through the tunnel's process: no fast path (%s)", why)
         self._trouble = why
