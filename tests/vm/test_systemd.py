@@ -32,8 +32,8 @@ BACKENDS = {
 }
 
 # linux/capability.h: CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN,
-# CAP_NET_RAW.
-CAPABILITIES = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 12 | 1 << 13
+# CAP_NET_RAW, CAP_BPF.
+CAPABILITIES = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10 | 1 << 12 | 1 << 13 | 1 << 39
 
 # What is asked of etcd in the machine, which has no curl.
 ETCD = """
@@ -209,6 +209,8 @@ def test_ready_and_at_work(node: Node, backend: str) -> None:
     if backend == "udp":
         tunnel = node.ask(f"pgrep --parent {node.pid()}")
         assert "65534" in node.ask(f"grep Uid: /proc/{tunnel}/status")
+        # Debian 12's kernel: 6.1.
+        assert "no fast path (this kernel has no TCX" in node.log(since=since)
     assert not re.search("(?i)not permitted|denied|read-only|stays root", node.log(since=since))
 
 
