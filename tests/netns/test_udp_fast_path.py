@@ -17,7 +17,7 @@ from test_udp_tunnel import udp_socket
 from transfer import both_ways, one_way
 
 from bench.pairs import Pair, as_over_a_wire
-from flanneld.backend.udp import fastpath, programs
+from flanneld.backend.udp import fastpath, program_steps
 from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.fastpath import FastPath
 from flanneld.backend.udp.peers import PeerRoute
@@ -193,7 +193,7 @@ def test_a_stream_in_one_direction_stays_on_it(pair: Pair) -> None:
     sink, source = udp_socket(two, str(two.address), 0), udp_socket(one)
     target = (str(two.address), sink.getsockname()[1])
     before = pair.tunnels[0].counters.udp_sent_packets
-    count = int((programs.FAST_MS / 1000 + 2) / 0.05)
+    count = int((program_steps.FAST_MS / 1000 + 2) / 0.05)
     for _ in range(count):
         source.sendto(b"statistics", target)
         assert sink.recv(100) == b"statistics"

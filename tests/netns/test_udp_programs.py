@@ -17,7 +17,7 @@ import pytest
 import udp_reference as reference
 from network import MakeLab
 
-from flanneld.backend.udp import programs
+from flanneld.backend.udp import program_steps
 from flanneld.backend.udp.descriptors import Descriptors
 from flanneld.backend.udp.fastpath import FastPath
 from flanneld.backend.udp.greeting import echo_request
@@ -71,8 +71,8 @@ class Bench:
     def set_peer(self, fast_until: int = 0, slow_at: int = 1 << 62) -> None:
         """Put the other host's entry into the map."""
         assert self.path._attached is not None
-        ip, *_ = programs._PEER.unpack(programs.peer(self.there.address))
-        value = programs._PEER.pack(ip, fast_until, slow_at, 0, bytes(12) + b"\x08\0")
+        ip, *_ = program_steps._PEER.unpack(program_steps.peer(self.there.address))
+        value = program_steps._PEER.pack(ip, fast_until, slow_at, 0, bytes(12) + b"\x08\0")
         self.path._attached.peers.put({self.key: value})
 
     @property
@@ -85,7 +85,7 @@ class Bench:
         assert self.path._attached is not None
         value = self.path._attached.peers.get(self.key)
         assert value is not None
-        _, fast_until, slow_at, _, _ = programs._PEER.unpack(value)
+        _, fast_until, slow_at, _, _ = program_steps._PEER.unpack(value)
         return fast_until, slow_at
 
     def send(self, packet: bytes) -> tuple[str, bytes]:

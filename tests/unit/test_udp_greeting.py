@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 import udp_reference as reference
 
-from flanneld.backend.udp import greeting, programs
+from flanneld.backend.udp import greeting, program_steps
 from flanneld.backend.udp.greeting import EVERY, FORGOTTEN, SELDOM, Greeter
 from flanneld.backend.udp.peers import PeerRoute, RouteTable
 
@@ -77,7 +77,7 @@ def test_who_is_greeted_often_is_greeted_less_often() -> None:
 
     assert times(32) == [0.0, 2.0, 6.0, 14.0, 22.0, 30.0]
     # Long enough before it is forgotten that it has a fast path.
-    assert SELDOM * 1000 + programs.SLOW_EVERY_MS < programs.FAST_MS
+    assert SELDOM * 1000 + program_steps.SLOW_EVERY_MS < program_steps.FAST_MS
     clock[0] += FORGOTTEN + SELDOM
     clock[0] = 200.0
     assert times(4) == [100.0, 102.0]

@@ -33,7 +33,7 @@ from ipaddress import IPv4Network
 from flanneld.backend.udp import programs
 from flanneld.backend.udp.packet import SECRET_BYTES
 from flanneld.backend.udp.peers import PeerRoute
-from flanneld.backend.udp.programs import COUNTERS, PEER_BYTES, Path
+from flanneld.backend.udp.program_steps import COUNTERS, PEER_BYTES, Path, peer
 from flanneld.clock import now
 from flanneld.interface import ExternalInterface
 from flanneld.kernel.bpf import TCX_EGRESS, TCX_INGRESS, CounterMap, Link, PrefixMap, Program
@@ -264,7 +264,7 @@ class FastPath:
 
     def _put(self, routes: Iterable[PeerRoute]) -> None:
         if self._attached is not None:
-            self._attached.peers.put({_key(r.subnet): programs.peer(r.public_ip) for r in routes})
+            self._attached.peers.put({_key(r.subnet): peer(r.public_ip) for r in routes})
 
 
 def _hook_in(program: Program, index: int, where: int) -> Link:
