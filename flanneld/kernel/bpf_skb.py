@@ -101,8 +101,11 @@ def fold(a: Assembler, total: Reg, scratch: Reg) -> None:
 
 
 def copy(a: Assembler, source: tuple[Reg, int], target: tuple[Reg, int], length: int) -> None:
-    """Copy bytes within memory, two by two; both places are a register and an offset."""
-    for offset in range(0, length, 2):
+    """Copy bytes within memory, two by two; both places are a register and an offset.
+
+    The last first, for old kernels' sake: see `program_steps`.
+    """
+    for offset in reversed(range(0, length, 2)):
         a.load(Size.H, R3, source[0], source[1] + offset)
         a.store(Size.H, target[0], target[1] + offset, R3)
 

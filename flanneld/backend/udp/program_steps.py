@@ -4,6 +4,9 @@ R6 is the packet's context, R7 the time, R8 the inner packet's length, R9 the pe
 ``at``, ``outer`` or ``inner`` are places on the stack, below FP. They destroy R0 to R5, and go to
 the label "pass" with whatever the programs do not take.
 
+The stack is written from its end to its beginning: kernels before 6.8, and programs that may not do
+all (CAP_PERFMON), refuse a second store into eight bytes whose first four hold a known number.
+
 These, too, may be used under version 2 of the GPL; see `programs`.
 """
 
@@ -165,8 +168,9 @@ def decrement_ttl(a: Assembler, header: int) -> None:
 
 def find_peer(a: Assembler, peers: int) -> None:
     """R9 = the peer whose subnet the address in R3 is of."""
-    a.store(W, FP, skb.SCRATCH, 32)
-    a.store(W, FP, skb.SCRATCH + 4, R3)
+    a.alu(Op.LSH, R3, 32)
+    a.alu(Op.OR, R3, 32)
+    a.store(DW, FP, skb.SCRATCH, R3)
     skb.look_up(a, peers, "pass")
     a.mov(R9, R0)
 
@@ -227,8 +231,8 @@ def check_route(a: Assembler, path: Path, at: int) -> None:
     a.jump(If.GT, R1, R7, "known route")
     for offset in range(0, _FIB_BYTES, 8):
         a.store(DW, FP, at + offset, 0)
-    a.store(B, FP, at, _AF_INET)
     a.store(H, FP, at + _FIB_LENGTH, path.mtu + OUTER)
+    a.store(B, FP, at, _AF_INET)
     a.store(W, FP, at + _FIB_IFINDEX, path.tun)
     a.store(W, FP, at + _FIB_SRC, skb.raw(path.address.packed))
     a.load(W, R1, R9, PEER_IP)
@@ -259,16 +263,15 @@ def write_outer(a: Assembler, path: Path, at: int) -> None:
     """Write the datagram's headers for R8 bytes to the peer. The UDP checksum is 0: none."""
     ids = (_ID, 0x4000)  # with "don't fragment", as a socket
     fixed = struct.pack("!BBHHHBBH4s", 0x45, 0, 0, *ids, _TTL, _UDP, 0, path.address.packed)
-    a.store(H, FP, at, skb.raw(fixed[:2]))
-    skb.length_field(a, R3, R8, OUTER)
-    a.store(H, FP, at + 2, R3)
-    for offset in (4, 8, 12):
-        a.store(W, FP, at + offset, skb.raw(fixed[offset : offset + 4]))
-    a.load(W, R2, R9, PEER_IP)
-    a.store(W, FP, at + 16, R2)
-    a.store(W, FP, at + 20, skb.raw(struct.pack("!HH", path.port, path.port)))
     skb.length_field(a, R1, R8, 8)
     a.store(W, FP, at + 24, R1)
+    a.store(W, FP, at + 20, skb.raw(struct.pack("!HH", path.port, path.port)))
+    a.load(W, R2, R9, PEER_IP)
+    a.store(W, FP, at + 16, R2)
+    skb.length_field(a, R3, R8, OUTER)
+    a.store(W, FP, at + 4, skb.raw(fixed[4:8]))
+    a.store(H, FP, at + 2, R3)
+    a.store(H, FP, at, skb.raw(fixed[:2]))
     # The checksum of all that is known, then the length and the peer.
     a.alu(Op.ADD, R3, sum(struct.unpack("=8H", fixed)))
     a.mov(R1, R2)
@@ -277,7 +280,9 @@ def write_outer(a: Assembler, path: Path, at: int) -> None:
     a.alu(Op.RSH, R2, 16)
     a.alu(Op.ADD, R3, R2)
     skb.fold(a, R3, R1)
+    a.store(W, FP, at + 12, skb.raw(fixed[12:16]))
     a.store(H, FP, at + 10, R3)
+    a.store(H, FP, at + 8, skb.raw(fixed[8:10]))
 
 
 def only_fast(a: Assembler, outer: int) -> None:
@@ -312,21 +317,21 @@ def write_whole(a: Assembler, path: Path, outer: int, at: int) -> None:
     ``outer``.
     """
     vnet = at + 8 + SECRET_BYTES
-    a.store(H, FP, vnet + 4, R1)
-    a.store(H, FP, vnet + 6, IP)
-    a.store(W, FP, vnet, skb.raw(struct.pack("=BBH", NEEDS_CSUM, GSO_TCPV4, IP + _TCP_HEADER)))
     a.store(H, FP, vnet + 8, _TCP_CHECKSUM)
+    a.store(W, FP, vnet, skb.raw(struct.pack("=BBH", NEEDS_CSUM, GSO_TCPV4, IP + _TCP_HEADER)))
     a.jump(If.EQ, R2, _TCP, "tcp")
-    a.store(W, FP, vnet, skb.raw(struct.pack("=BBH", NEEDS_CSUM, GSO_UDP_L4, IP + _UDP_HEADER)))
     a.store(H, FP, vnet + 8, _UDP_CHECKSUM)
+    a.store(W, FP, vnet, skb.raw(struct.pack("=BBH", NEEDS_CSUM, GSO_UDP_L4, IP + _UDP_HEADER)))
     a.label("tcp")
-    for offset in range(0, SECRET_BYTES, 4):
+    a.store(H, FP, vnet + 6, IP)
+    a.store(H, FP, vnet + 4, R1)
+    for offset in reversed(range(0, SECRET_BYTES, 4)):
         a.store(W, FP, at + 8 + offset, skb.raw(path.secret[offset : offset + 4]))
-    a.load(W, R1, FP, outer + 20)
-    a.store(W, FP, at, R1)
     skb.length_field(a, R1, R8, 8 + WHOLE_BYTES)
     # With no checksum: the packet has its own.
     a.store(W, FP, at + 4, R1)
+    a.load(W, R1, FP, outer + 20)
+    a.store(W, FP, at, R1)
     replace_length(a, outer, WHOLE_BYTES)
 
 
@@ -346,7 +351,7 @@ def replace_length(a: Assembler, header: int, more: int) -> None:
 
 def count(a: Assembler, counters: int, at: int) -> None:
     """Count a packet, or the segments of one, of R8 bytes."""
-    a.store(W, FP, skb.SCRATCH, 0)
+    a.store(DW, FP, skb.SCRATCH, 0)
     skb.look_up(a, counters, "counted")
     a.mov(R1, 1)
     a.load(W, R2, R6, skb.GSO_SIZE)
