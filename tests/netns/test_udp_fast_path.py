@@ -6,6 +6,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
@@ -298,17 +299,23 @@ def test_no_ethernet_no_fast_path(make_lab: MakeLab, caplog: pytest.LogCaptureFi
     assert "flannel0 is no Ethernet device" in caplog.text
 
 
-def test_an_interface_that_goes_and_comes_back(
-    make_lab: MakeLab, caplog: pytest.LogCaptureFixture
-) -> None:
+def path_on_ext0(make_lab: MakeLab, new: Sequence[str]) -> tuple[Host, FastPath, int]:
+    """A host with a device ext0, made by ``new``, a fast path on it, and the TUN's index."""
     (host,) = make_lab(1, etcd=False).hosts
     tunnel = HostTunnel(host)
     index = tunnel.descriptors.tun.index
-    new = ("link add ext0 type veth peer name txe0", "link set ext0 up")
     host.ip(*new)
     path = host.inside(lambda: path_on(host, "ext0", tunnel.descriptors.udp, index))
     host.lab.when_closing(path.close)
     assert is_on(path)
+    return host, path, index
+
+
+def test_an_interface_that_goes_and_comes_back(
+    make_lab: MakeLab, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = ("link add ext0 type veth peer name txe0", "link set ext0 up")
+    host, path, index = path_on_ext0(make_lab, new)
     host.ip("link del ext0")
     host.inside(lambda: path.ensure(index))
     assert not is_on(path)
@@ -320,13 +327,8 @@ def test_an_interface_that_goes_and_comes_back(
 
 
 def test_another_interface_with_the_same_index(make_lab: MakeLab) -> None:
-    (host,) = make_lab(1, etcd=False).hosts
-    tunnel = HostTunnel(host)
-    index = tunnel.descriptors.tun.index
     new = ("link add ext0 index 4242 type veth peer name txe0", "link set ext0 up")
-    host.ip(*new)
-    path = host.inside(lambda: path_on(host, "ext0", tunnel.descriptors.udp, index))
-    host.lab.when_closing(path.close)
+    host, path, index = path_on_ext0(make_lab, new)
     host.ip("link del ext0", *new, "link set ext0 name ext1")
     assert attached(host, "ext1", bpf.TCX_INGRESS) == 0
     host.inside(lambda: path.ensure(index))

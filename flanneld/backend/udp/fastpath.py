@@ -4,13 +4,13 @@ Two programs are hooked in, one where packets go into the TUN device and one whe
 into the external interface, and both do there what the tunnel does, with the same bytes on the
 wire. What they do not take goes on to the tunnel's process: everything to peers without a fast path
 of their own, fragments, IP options, what expires, whoever is nobody's peer. So the tunnel's process
-stays what knows and decides everything, and a host without eBPF lacks nothing but speed.
+has to be right about everything, and a host without eBPF lacks nothing but speed.
 
 - A peer without a fast path (the original, an older kernel) reads datagrams from a socket. It must
   not be sent packets whose checksum a device was to complete, or super-packets that a virtual link
-  does not cut; the tunnel's process does all of that. Peers tell each other by the UDP checksum:
-  what a fast path sends has none, whatever comes out of a socket has one. They find out by the
-  echo requests by which the tunnel's process greets a peer (`greeting`).
+  does not cut; the tunnel's process does all of that. Peers tell each other by the datagrams:
+  what a fast path sends has no UDP checksum, and an IP id of its own. They find out by the echo
+  requests by which the tunnel's process greets a peer (`greeting`).
 - The host's firewall sees the packets as before, going into and coming out of the TUN device, but
   not the datagrams that the kernel moves. So that its connection tracking goes on letting in those
   of the slow way, one packet in a few seconds takes it. IPsec would be passed by: where there are
