@@ -36,6 +36,7 @@ class Pair:
 
     containers: list[Container] = field(default_factory=list)
     pids: list[int] = field(default_factory=list)
+    """The processes that move packets, in the order of the hosts; none if the kernel does."""
     tunnels: list[HostTunnel] = field(default_factory=list)
 
 
@@ -76,6 +77,27 @@ def make_pair(lab: Lab, kind: str, proxy: Path) -> Pair:
         if one.ping(two.address, count=3).received == 0:
             raise RuntimeError(f"{kind}: no connection")
     return pair
+
+
+def as_two_machines(pair: Pair, processors: Sequence[int]) -> None:
+    """Connect the pair's hosts as by network cards, and give each a processor of its own.
+
+    What leaves is cut, what arrives is joined again where it belongs together (GRO), and all that
+    follows is done by the receiving host's processor: the other end of its eth0 sees to that.
+    """
+    for side, container in enumerate(pair.containers):
+        host = container.host
+        as_over_a_wire(host)
+        host.run(["ethtool", "-K", "eth0", "gro", "on"])
+        # Or it would hand on what it has without eth0 having a look.
+        underlay, port = host.lab.underlay, host.port
+        underlay.run(["ethtool", "-K", port, "tso", "off"])
+        steering = f"/sys/class/net/{port}/queues/rx-0/rps_cpus"
+        mask = f"{1 << processors[1 - side]:x}"
+        # With a /sys of that namespace.
+        run(["ip", "netns", "exec", underlay.name, "sh", "-c", f"echo {mask} > {steering}"])
+    for pid, processor in zip(pair.pids, processors, strict=False):
+        os.sched_setaffinity(pid, {processor})
 
 
 def as_over_a_wire(host: Host) -> None:

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.pairs import KINDS, Ends, Pair, as_over_a_wire, build, make_pair
+from bench.pairs import KINDS, Ends, Pair, as_two_machines, build, make_pair
 from bench.tcp import CONGESTION
 from lab import Lab, needs
 from lab.process import end
@@ -49,10 +49,19 @@ class Bench:
         self.seconds = seconds
         self.congestion = congestion
         self.port = PORT
+        self.processors: Sequence[int] = ()
+        """The hosts'; empty if they share all."""
+
+    def _command(self, side: int, *arguments: str) -> list[str]:
+        """Return the command for the traffic generator on that side."""
+        own = ["taskset", "--cpu-list", str(self.processors[side])] if self.processors else []
+        return [*own, self.traffic, *arguments]
 
     def _sink(self, where: Ends, side: int, kind: str) -> tuple[subprocess.Popen[bytes], Path]:
         output = self.lab.scratch_file("sink")
-        process = where.containers[side].popen([self.traffic, kind, str(self.port)], output=output)
+        process = where.containers[side].popen(
+            self._command(side, kind, str(self.port)), output=output
+        )
         deadline = time.monotonic() + 5.0
         while "READY" not in output.read_text():
             if time.monotonic() > deadline:
@@ -66,14 +75,14 @@ class Bench:
         sinks = [self._sink(pair, 1 - side, f"{kind}-sink") for side in sides]
         sources = [
             pair.containers[side].popen(
-                [
-                    self.traffic,
+                self._command(
+                    side,
                     f"{kind}-source",
                     str(pair.containers[1 - side].address),
                     str(self.port),
                     *arguments,
                     str(self.seconds),
-                ],
+                ),
                 output=self.lab.scratch_file("source"),
             )
             for side in sides
@@ -91,7 +100,7 @@ class Bench:
         self.port += 1
         process, _ = self._sink(pair, 1, "udp-echo")
         target = str(pair.containers[1].address)
-        done = pair.containers[0].run([self.traffic, "ping", target, str(self.port), "200"])
+        done = pair.containers[0].run(self._command(0, "ping", target, str(self.port), "200"))
         end([process], grace=0.5)
         self.lab.processes.remove(process)
         return float(done.stdout)
@@ -231,13 +240,18 @@ def main() -> int:
     parser.add_argument("--pairs", default="", help="comma separated; c is always measured")
     parser.add_argument("--congestion", default=CONGESTION, help="congestion control of TCP")
     parser.add_argument(
-        "--wire", action="store_true", help="no super-packets between the hosts, as on a wire"
+        "--wire",
+        action="store_true",
+        help="as between two machines: network cards that cut and join, a processor for each host",
     )
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args()
     packages = {name: needs.PACKAGES[name] for name in ("ip", "nsenter")} | {"gcc": "gcc"}
     packages |= {"ethtool": "ethtool"} if options.wire else {}
+    processors = sorted(os.sched_getaffinity(0))[:2] if options.wire else []
     problem = needs.missing(packages)
+    if not problem and len(processors) == 1:
+        problem = "--wire takes two processors, and there is one"
     if problem:
         print(f"The benchmark cannot run: {problem}", file=sys.stderr)
         return 1
@@ -251,11 +265,11 @@ def main() -> int:
     with Lab(0, etcd=False) as lab, ExitStack():
         traffic, proxy = build(lab.directory)
         pairs = {name: make_pair(lab, name, proxy) for name in KINDS if name in names}
-        if options.wire:
-            for pair in pairs.values():
-                for container in pair.containers:
-                    as_over_a_wire(container.host)
         bench = Bench(lab, traffic, options.seconds, options.congestion)
+        if options.wire:
+            bench.processors = processors
+            for pair in pairs.values():
+                as_two_machines(pair, processors)
         memory: dict[str, object] = {}
         if "ours" in pairs:
             pids = pairs["ours"].pids

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flanneld.errors import DeviceError, FlannelError
 from flanneld.flags import Options
+from flanneld.kernel.grolink import INLET, OUTLET
 from flanneld.kernel.link import read_host_facts
 from flanneld.kernel.netlink import EntrySocket
 from flanneld.kernel.state import PROTOCOL
@@ -27,7 +28,11 @@ LOOK_AGAIN = 1.0
 
 _STOP_FIRST = "stop it first (systemctl stop flanneld), then clean up"
 
-_DEVICE = re.compile(r"flannel\.\d+")
+# By kind: a vxlan network's, and what a killed udp daemon leaves.
+_DEVICES = {
+    "vxlan": re.compile(r"flannel\.\d+"),
+    "veth": re.compile(rf"flannel\d+({INLET}|{OUTLET})"),
+}
 
 
 def clean_up(options: Options, out: Callable[[str], object] = print) -> int:
@@ -114,11 +119,11 @@ def _remove_devices() -> Iterator[str]:
 
 
 def _our_devices() -> list[str]:
-    """The vxlan devices with names of ours. A udp tunnel's device ends with its daemon."""
+    """The devices with names of ours. A udp tunnel's ends with its daemon."""
     return [
         link.name
         for link in read_host_facts().links
-        if link.kind == "vxlan" and _DEVICE.fullmatch(link.name)
+        if link.kind in _DEVICES and _DEVICES[link.kind].fullmatch(link.name)
     ]
 
 

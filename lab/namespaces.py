@@ -150,6 +150,7 @@ class Host(Namespace):
     """A host: ``address`` is that of its eth0, ``directory`` stands for its /run/flannel.
 
     All hosts share one file system, so each has a directory of its own; ``subnet_file`` is in it.
+    ``port`` is the other end of eth0, in the lab's ``underlay``.
     """
 
     def __init__(self, lab: "Lab", number: int) -> None:
@@ -160,12 +161,12 @@ class Host(Namespace):
         self.directory.mkdir()
         self.subnet_file = self.directory / "subnet.env"
         self.containers: list[Container] = []
-        self._port = f"p{number}"
+        self.port = f"p{number}"
         mac = f"02:97:00:00:00:{number:02x}"
         lab.underlay.ip(
-            f"link add {self._port} mtu 1500 type veth"
+            f"link add {self.port} mtu 1500 type veth"
             f" peer name eth0 mtu 1500 address {mac} netns {self.name}",
-            f"link set {self._port} master br0 up",
+            f"link set {self.port} master br0 up",
         )
         self.ip(
             f"addr add {self.address}/{UNDERLAY.network.prefixlen} dev eth0",
@@ -176,11 +177,11 @@ class Host(Namespace):
 
     def unplug(self) -> None:
         """Cut the host off from everything. Its eth0 stays up, as behind a dead switch."""
-        self.lab.underlay.ip(f"link set {self._port} nomaster")
+        self.lab.underlay.ip(f"link set {self.port} nomaster")
 
     def plug(self) -> None:
         """Undo ``unplug``."""
-        self.lab.underlay.ip(f"link set {self._port} master br0")
+        self.lab.underlay.ip(f"link set {self.port} master br0")
 
     def add_container(self, subnet_env: Path | None = None) -> Container:
         """Start a container the way docker would be told to by ``subnet_env``.

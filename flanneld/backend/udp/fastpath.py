@@ -15,6 +15,8 @@ has to be right about everything, and a host without eBPF lacks nothing but spee
   not the datagrams that the kernel moves. So that its connection tracking goes on letting in those
   of the slow way, one packet in a few seconds takes it. IPsec would be passed by: where there are
   policies, there is no fast path.
+- Over a real wire packets come one by one, and every step behind the program costs as much for each
+  as for a super-packet. So TCP, before it goes on, is put into a link that joins it (`grolink`).
 - Nothing that is on the way is lost when it comes or goes, but for what a virtual link has brought
   half done: of that TCP sends again.
 """
@@ -27,7 +29,7 @@ import socket
 import struct
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
 from flanneld.backend.udp import programs
@@ -35,8 +37,10 @@ from flanneld.backend.udp.packet import SECRET_BYTES
 from flanneld.backend.udp.peers import PeerRoute
 from flanneld.backend.udp.program_steps import COUNTERS, PEER_BYTES, Path, peer
 from flanneld.clock import now
+from flanneld.errors import DeviceError
 from flanneld.interface import ExternalInterface
 from flanneld.kernel.bpf import TCX_EGRESS, TCX_INGRESS, CounterMap, Link, PrefixMap, Program
+from flanneld.kernel.grolink import GroLink
 from flanneld.kernel.ipsec import Policies
 
 log = logging.getLogger(__name__)
@@ -55,6 +59,18 @@ class FastPathError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class _Joining:
+    """The link that joins TCP packets, and the program that takes them out of it."""
+
+    pair: GroLink
+    out: Link
+
+    def is_in_order(self) -> bool:
+        """Tell whether packets come through. Raises OSError and DeviceError."""
+        return self.out.index() == self.pair.outlet and self.pair.is_in_order()
+
+
+@dataclass(frozen=True, slots=True)
 class _Attached:
     """What is hooked in; gone when ``held`` is closed, in whatever way."""
 
@@ -63,11 +79,17 @@ class _Attached:
     counters: CounterMap
     external: Link
     tun: Link
+    joining: _Joining | None
     held: ExitStack
 
     def is_on(self, external: int, tun: int) -> bool:
-        """Tell whether it is on these devices, and not on former ones with the same indices."""
-        return (self.external.index(), self.tun.index()) == (external, tun)
+        """Tell whether it is on these devices, and not on former ones with the same indices.
+
+        Raises OSError and DeviceError.
+        """
+        if (self.external.index(), self.tun.index()) != (external, tun):
+            return False
+        return self.joining is None or self.joining.is_in_order()
 
 
 class FastPath:
@@ -98,6 +120,8 @@ class FastPath:
         self._policies: Policies | None = None
         self._trouble = ""
         """Why there is none; empty if there is one, or it was not tried yet."""
+        self._apart = ""
+        """Why TCP packets are not joined; empty if they are."""
 
     @property
     def is_on(self) -> bool:
@@ -143,14 +167,17 @@ class FastPath:
                 self._attached = self._attach(tun, external)
                 self._put(self._peers.values())
                 log.info("The kernel moves most packets itself, without the tunnel's process")
-        except (FastPathError, OSError) as error:
+        except (FastPathError, DeviceError, OSError) as error:
             self._give_up(error)
         else:
             self._trouble = ""
 
     def is_touched_by(self, index: int, name: str) -> bool:
-        """Tell whether the device that changed is the one it is attached to beside the TUN."""
-        return index == self._external.index or name == self._external.name
+        """Tell whether the device that changed is one it needs, beside the TUN device."""
+        if index == self._external.index or name == self._external.name:
+            return True
+        joining = None if self._attached is None else self._attached.joining
+        return joining is not None and index in (joining.pair.inlet, joining.pair.outlet)
 
     def change(self, put: Iterable[PeerRoute], drop: Iterable[IPv4Network]) -> None:
         """Send to these peers from now on, and to those no more."""
@@ -231,9 +258,13 @@ class FastPath:
                 port=self._port,
                 external=external,
                 tun=tun,
+                inlet=0,
                 mtu=self._mtu,
                 secret=secret,
             )
+            joining = self._join(path, held)
+            if joining is not None:
+                path = replace(path, inlet=joining.pair.inlet)
             ingress = Program("flannel_in", programs.ingress(path))
             held.callback(ingress.close)
             egress = Program("flannel_out", programs.egress(path))
@@ -243,10 +274,29 @@ class FastPath:
             held.callback(incoming.close)
             outgoing = _hook_in(egress, tun, TCX_EGRESS)
             held.callback(outgoing.close)
-            return _Attached(secret, peers, counters, incoming, outgoing, held)
+            return _Attached(secret, peers, counters, incoming, outgoing, joining, held)
         except BaseException:
             held.close()
             raise
+
+    def _join(self, path: Path, held: ExitStack) -> _Joining | None:
+        """Make the link that joins TCP packets; None, and said, if it cannot be had."""
+        with ExitStack() as mine:
+            try:
+                pair = GroLink.make(socket.if_indextoname(path.tun))
+                mine.callback(pair.close)
+                program = Program("flannel_joined", programs.joined(path))
+                mine.callback(program.close)
+                out = _hook_in(program, pair.outlet, TCX_INGRESS)
+                mine.callback(out.close)
+            except (DeviceError, OSError) as error:
+                if str(error) != self._apart:
+                    self._apart = str(error)
+                    log.warning("TCP packets from the peers go on one by one (%s)", error)
+                return None
+            held.push(mine.pop_all())
+            self._apart = ""
+            return _Joining(pair, out)
 
     def _give_up(self, error: Exception) -> None:
         self._detach()

@@ -66,7 +66,7 @@ _AF_INET = 2
 # As good as success is that the neighbour's MAC is not known yet.
 _FIB_SUCCESS, _FIB_NO_NEIGHBOUR = 0, 7
 ETHERNET, IP, OUTER = 14, 20, OVERHEAD
-_TCP, _UDP, _ICMP = 6, 17, 1
+TCP, _UDP, _ICMP = 6, 17, 1
 _TCP_HEADER, _TCP_CHECKSUM, _UDP_HEADER, _UDP_CHECKSUM = 20, 16, 8, 6
 _TTL = 64
 # Of the datagrams' IP headers, where it means nothing to others (RFC 6864); "fl".
@@ -94,6 +94,8 @@ class Path:
     """The external interface's index."""
     tun: int
     """The TUN device's index."""
+    inlet: int
+    """Index of the device into which received TCP is put, to be joined; 0: there is none."""
     mtu: int
     """The TUN device's."""
     secret: bytes
@@ -136,7 +138,7 @@ def only_plain(a: Assembler, at: int) -> None:
     a.big_endian(R1, 16)
     a.jump(If.NE, R1, R8, "pass")
     a.load(B, R1, FP, at + 9)
-    a.jump(If.EQ, R1, _TCP, "plain")
+    a.jump(If.EQ, R1, TCP, "plain")
     a.jump(If.EQ, R1, _ICMP, "plain")
     a.jump(If.NE, R1, _UDP, "pass")
     # One without a checksum of its own needs the datagram's, which has none here.
@@ -319,7 +321,7 @@ def write_whole(a: Assembler, path: Path, outer: int, at: int) -> None:
     vnet = at + 8 + SECRET_BYTES
     a.store(H, FP, vnet + 8, _TCP_CHECKSUM)
     a.store(W, FP, vnet, skb.raw(struct.pack("=BBH", NEEDS_CSUM, GSO_TCPV4, IP + _TCP_HEADER)))
-    a.jump(If.EQ, R2, _TCP, "tcp")
+    a.jump(If.EQ, R2, TCP, "tcp")
     a.store(H, FP, vnet + 8, _UDP_CHECKSUM)
     a.store(W, FP, vnet, skb.raw(struct.pack("=BBH", NEEDS_CSUM, GSO_UDP_L4, IP + _UDP_HEADER)))
     a.label("tcp")
@@ -363,3 +365,11 @@ def count(a: Assembler, counters: int, at: int) -> None:
     a.add_to(R0, 8 * at, R1)
     a.add_to(R0, 8 * at + 8, R8)
     a.label("counted")
+
+
+def receive_from(a: Assembler, device: int) -> None:
+    """End the program: the packet is received as if it came from this device."""
+    a.mov(R1, device)
+    a.mov(R2, skb.TO_INGRESS)
+    a.call(skb.REDIRECT)
+    a.exit()

@@ -1,4 +1,4 @@
-"""The two programs of the fast path, which the kernel runs on packets. Pure.
+"""The programs of the fast path, which the kernel runs on packets. Pure.
 
 What they are for is told in `fastpath`. They take only packets that need nothing but what they do,
 and leave every other one alone, unchanged: it goes its usual way, through the tunnel's process.
@@ -74,9 +74,10 @@ def egress(path: Path) -> bytes:
 def ingress(path: Path) -> bytes:
     """The program for what the external interface has received: out of the datagram, and on.
 
-    As if it had come from the TUN device. But a super-packet, which only a virtual link brings
-    whole, goes to the tunnel's process, with `WHOLE_BYTES` before it: nothing here can make the
-    kernel forget that a packet was in a tunnel, and by that it goes wrong when it is cut.
+    As if it had come from the TUN device; TCP by the inlet, if there is one, and `joined`. But a
+    super-packet, which only a virtual link brings whole, goes to the tunnel's process, with
+    `WHOLE_BYTES` before it: nothing here can make the kernel forget that a packet was in a tunnel,
+    and by that it goes wrong when it is cut.
     """
     a = Assembler()
     outer, head = -64, -92
@@ -105,10 +106,15 @@ def ingress(path: Path) -> bytes:
     a.jump(If.NE, R0, 0, "pass")
     skb.store(a, steps.ETHERNET + 8, inner + 8, 4)
     steps.count(a, path.counters, steps.RECEIVED)
-    a.mov(R1, path.tun)
-    a.mov(R2, skb.TO_INGRESS)
-    a.call(skb.REDIRECT)
-    a.exit()
+    if path.inlet:
+        a.load(B, R1, FP, inner + 9)
+        a.jump(If.NE, R1, steps.TCP, "direct")
+        a.mov(R1, path.inlet)
+        a.mov(R2, 0)
+        a.call(skb.REDIRECT)
+        a.exit()
+        a.label("direct")
+    steps.receive_from(a, path.tun)
     a.label("whole")
     a.load(B, R2, FP, inner + 9)
     steps.write_whole(a, path, outer, head)
@@ -119,4 +125,19 @@ def ingress(path: Path) -> bytes:
     skb.store(a, steps.ETHERNET + steps.OUTER + WHOLE_BYTES + 8, inner + 8, 4)
     skb.end_with(a, "pass", skb.NEXT)
     skb.end_with(a, "drop", skb.DROP)
+    return a.assemble()
+
+
+def joined(path: Path) -> bytes:
+    """The program for what comes out of the link behind the inlet: as if from the TUN device."""
+    a = Assembler()
+    a.mov(R6, R1)
+    steps.only_ipv4(a)
+    # It was addressed to the external interface.
+    a.mov(R1, R6)
+    a.mov(R2, skb.PACKET_HOST)
+    a.call(skb.CHANGE_TYPE)
+    steps.receive_from(a, path.tun)
+    # Not from us.
+    skb.end_with(a, "pass", skb.DROP)
     return a.assemble()
