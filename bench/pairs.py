@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Protocol
 
-from lab.namespaces import Container, Host, Lab
+from lab.namespaces import Container, Host, Lab, Namespace
 from lab.process import run
 from lab.tunnel import MTU, PORT, HostTunnel, connect, container_of, route_to, subnet_of
 
@@ -87,6 +87,7 @@ def as_two_machines(pair: Pair, processors: Sequence[int]) -> None:
     """
     for side, container in enumerate(pair.containers):
         host = container.host
+        _without_iptables(host.lab.underlay)
         as_over_a_wire(host)
         host.run(["ethtool", "-K", "eth0", "gro", "on"])
         # Or it would hand on what it has without eth0 having a look.
@@ -98,6 +99,13 @@ def as_two_machines(pair: Pair, processors: Sequence[int]) -> None:
         run(["ip", "netns", "exec", underlay.name, "sh", "-c", f"echo {mask} > {steering}"])
     for pid, processor in zip(pair.pids, processors, strict=False):
         os.sched_setaffinity(pid, {processor})
+
+
+def _without_iptables(switch: Namespace) -> None:
+    """Have a namespace that stands for a switch ask no iptables about what it bridges."""
+    key = "net/bridge/bridge-nf-call-iptables"
+    if switch.inside(Path("/proc/sys", key).exists):
+        switch.set_sysctl(key, "0")
 
 
 def as_over_a_wire(host: Host) -> None:

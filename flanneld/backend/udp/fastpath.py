@@ -203,6 +203,8 @@ class FastPath:
         """Log the counters."""
         try:
             words = " ".join(f"{name}={value}" for name, value in self.counters().items())
+            if words:
+                words += f", TCP goes on one by one ({self._apart})" if self._apart else ""
         except OSError as error:
             words = f"on, but it cannot be read ({error.strerror})"
         log.info("udp fast path: %s", words or f"off ({self._trouble})")
