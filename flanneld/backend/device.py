@@ -7,6 +7,7 @@ from typing import Protocol
 
 from flanneld.clock import now
 from flanneld.errors import DeviceError
+from flanneld.kernel import grolink
 from flanneld.kernel.netlink import KernelEvent, Overflow
 
 log = logging.getLogger(__name__)
@@ -14,6 +15,9 @@ log = logging.getLogger(__name__)
 # Seconds until a device that could not be mended is looked at again, and the least time between
 # two looks when its events come in a storm.
 FAILED, GAP = 1.0, 0.1
+
+# The udp backend's device, where no other of that name was there before.
+_FIRST_TUN = "flannel0"
 
 
 class Device(Protocol):
@@ -83,10 +87,15 @@ class DeviceWatch:
 
 
 def remove_former(subnet: IPv4Network | None, keep: str) -> None:
-    """Remove the vxlan device of this host's former run with another backend or VNI.
+    """Remove what a former run on this host, with another backend or VNI, has left of devices.
 
     ``subnet`` is that of the former run, if known; ``keep`` the present device's name.
     """
+    try:
+        if grolink.remove_unused(_FIRST_TUN):
+            log.info("Removed the link that %s of a former run had", _FIRST_TUN)
+    except DeviceError as error:
+        log.warning("%s", error)
     if subnet is None:
         return
     from flanneld.kernel import vxlan

@@ -179,7 +179,13 @@ class Program(_Owned):
 
     def attach(self, index: int, where: int) -> "Link":
         """Hook it into the device with this index, behind what others have hooked in."""
-        return Link(_bpf(_LINK_CREATE, "=IIIIIIQ", self.fd, index, where, 0, 0, 0, 0))
+        try:
+            return Link(_bpf(_LINK_CREATE, "=IIIIIIQ", self.fd, index, where, 0, 0, 0, 0))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            why = "this kernel has no TCX, which came with Linux 6.6: nothing is wrong"
+            raise OSError(errno.EOPNOTSUPP, why) from None
 
 
 class Link(_Owned):
@@ -191,3 +197,12 @@ class Link(_Owned):
         _bpf(_OBJECT_INFO, "=IIQ", self.fd, len(info), _address(info))
         index: int = _LINK_INFO.unpack(info)[-1]
         return index
+
+
+def hook_in(name: str, code: bytes, index: int, where: int) -> Link:
+    """Load a program and attach it; the link keeps it."""
+    program = Program(name, code)
+    try:
+        return program.attach(index, where)
+    finally:
+        program.close()

@@ -16,12 +16,14 @@ from typing import Any
 
 from flanneld.errors import DeviceError
 from flanneld.kernel.device import Kernel, opened_kernel
+from flanneld.kernel.hostwire import Device
 
 # Of names: what is added to the device's to which the packets go in the end.
 INLET, OUTLET = "-in", "-gro"
 
 # linux/sockios.h, linux/ethtool.h
-_SIOCETHTOOL, _ETHTOOL_STSO, _ETHTOOL_SGRO = 0x8946, 0x1F, 0x2C
+_SIOCETHTOOL = 0x8946
+_ETHTOOL_GTSO, _ETHTOOL_STSO, _ETHTOOL_GGRO, _ETHTOOL_SGRO = 0x1E, 0x1F, 0x2B, 0x2C
 _IFREQ = struct.Struct("=16sQ16x")
 # The largest there is: nothing that has come this far is too long.
 _MTU = 65535
@@ -49,7 +51,7 @@ class GroLink:
         names = name + INLET, name + OUTLET
         with opened_kernel(f"cannot make {names[1]}") as kernel:
             for each in names:
-                remove_left(kernel, each)
+                _remove_left(kernel, each)
             queues = min(os.cpu_count() or 1, _MOST_QUEUES)
             end = {"mtu": _MTU, "num_tx_queues": queues, "num_rx_queues": queues}
             peer = {"ifname": names[1], **end}
@@ -64,10 +66,13 @@ class GroLink:
                 raise
 
     def is_in_order(self) -> bool:
-        """Tell whether both ends are there and up. Raises DeviceError."""
+        """Tell whether both ends are there, up, and as they were made. Raises DeviceError."""
         with opened_kernel("cannot look for the devices that join packets") as kernel:
             ends = [kernel.device_at(index) for index in (self.inlet, self.outlet)]
-            return all(end is not None and end.up and end.kind == "veth" for end in ends)
+            names = [each.name for each in ends if each is not None and _is_usable(each)]
+            return len(names) == len(ends) and (
+                not _offload(names[0], _ETHTOOL_GTSO) and _offload(names[1], _ETHTOOL_GGRO)
+            )
 
     def close(self) -> None:
         """Remove the pair. Safe to repeat; what fails is left."""
@@ -77,21 +82,36 @@ class GroLink:
                 _remove(kernel, index=self.inlet)
 
 
-def remove_left(kernel: Kernel, name: str) -> bool:
-    """Remove the device if it is one of a pair that was left; returns whether there was one.
+def remove_left(tun: str) -> None:
+    """Remove the pair of a TUN device. Raises DeviceError, also if it is something else."""
+    with opened_kernel(f"cannot remove {tun + INLET}") as kernel:
+        for end in (INLET, OUTLET):
+            _remove_left(kernel, tun + end)
 
-    Raises DeviceError if it is something else, and OSError.
+
+def remove_unused(tun: str) -> bool:
+    """Remove the pair of a TUN device that is not there; it goes with its daemon, they do not.
+
+    Returns whether there was one. Raises DeviceError.
     """
+    with opened_kernel(f"cannot remove {tun + INLET}") as kernel:
+        pair = kernel.device(tun + INLET)
+        if pair is None or pair.kind != "veth" or kernel.device(tun) is not None:
+            return False
+        _remove(kernel, index=pair.index)
+        return True
+
+
+def _remove_left(kernel: Kernel, name: str) -> None:
     device = kernel.device(name)
     if device is None:
-        return False
+        return
     if device.kind != "veth":
         raise DeviceError(
             f"{name} exists and is no veth device (but {device.kind or 'another kind'}),"
             " so it is not flannel's: rename or delete it"
         )
     _remove(kernel, index=device.index)
-    return True
 
 
 def _set_up(kernel: Kernel, name: str) -> int:
@@ -109,9 +129,24 @@ def _remove(kernel: Kernel, **which: Any) -> None:
         kernel.link("del", **which)
 
 
+def _is_usable(device: Device) -> bool:
+    return device.up and (device.kind, device.mtu) == ("veth", _MTU)
+
+
 def _set_offload(name: str, command: int, *, on: bool) -> None:
-    """Set one of a device's features as ethtool does, with the call of one value."""
-    value = (ctypes.c_uint32 * 2)(command, on)
-    request = _IFREQ.pack(name.encode(), ctypes.addressof(value))
+    """Set one of a device's features."""
+    _ethtool(name, command, on)
+
+
+def _offload(name: str, command: int) -> bool:
+    """Tell whether a device has one of its features switched on."""
+    return bool(_ethtool(name, command, 0))
+
+
+def _ethtool(name: str, command: int, value: int) -> int:
+    """Make the ioctl for what is one number; returns what that is afterwards."""
+    what = (ctypes.c_uint32 * 2)(command, value)
+    request = _IFREQ.pack(name.encode(), ctypes.addressof(what))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SIOCETHTOOL, request)
+    return int(what[1])

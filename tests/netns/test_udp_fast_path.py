@@ -31,6 +31,8 @@ from lab.process import freeze, is_running, thaw
 from lab.tunnel import MTU, PORT, HostTunnel, connect, container_of
 
 TOGETHER = "The kernel moves most packets itself"
+# The daemon's command, without the right to eBPF.
+WITHOUT_BPF = ("setpriv", "--bounding-set=-bpf,-sys_admin", "--inh-caps=-all", *FLANNELD)
 
 
 def make(lab: Lab, *fast: bool) -> Pair:
@@ -419,8 +421,7 @@ def test_the_key_turns_it_off(make_lab: MakeLab) -> None:
 def test_without_the_right_to_it_one_line_says_so(make_lab: MakeLab) -> None:
     lab = make_lab(2)
     put_config(lab, Backend={"Type": "udp"})
-    program = ["setpriv", "--bounding-set=-bpf,-sys_admin", "--inh-caps=-all", *FLANNELD]
-    daemons = [Flanneld(host, program=program).start() for host in lab.hosts]
+    daemons = [Flanneld(host, program=WITHOUT_BPF).start() for host in lab.hosts]
     for daemon in daemons:
         daemon.wait_ready()
     start_containers(lab.hosts)

@@ -15,8 +15,7 @@ has to be right about everything, and a host without eBPF lacks nothing but spee
   not the datagrams that the kernel moves. So that its connection tracking goes on letting in those
   of the slow way, one packet in a few seconds takes it. IPsec would be passed by: where there are
   policies, there is no fast path.
-- Over a real wire packets come one by one, and every step behind the program costs as much for each
-  as for a super-packet. So TCP, before it goes on, is put into a link that joins it (`grolink`).
+- Received TCP goes on by way of a link that joins it, if that can be had (`joining`).
 - Nothing that is on the way is lost when it comes or goes, but for what a virtual link has brought
   half done: of that TCP sends again.
 """
@@ -33,14 +32,14 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
 from flanneld.backend.udp import programs
+from flanneld.backend.udp.joining import Joining, remove_left
 from flanneld.backend.udp.packet import SECRET_BYTES
 from flanneld.backend.udp.peers import PeerRoute
 from flanneld.backend.udp.program_steps import COUNTERS, PEER_BYTES, Path, peer
 from flanneld.clock import now
 from flanneld.errors import DeviceError
 from flanneld.interface import ExternalInterface
-from flanneld.kernel.bpf import TCX_EGRESS, TCX_INGRESS, CounterMap, Link, PrefixMap, Program
-from flanneld.kernel.grolink import GroLink
+from flanneld.kernel.bpf import TCX_EGRESS, TCX_INGRESS, CounterMap, Link, PrefixMap, hook_in
 from flanneld.kernel.ipsec import Policies
 
 log = logging.getLogger(__name__)
@@ -58,38 +57,34 @@ class FastPathError(Exception):
     """There can be no fast path, and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Joining:
-    """The link that joins TCP packets, and the program that takes them out of it."""
-
-    pair: GroLink
-    out: Link
-
-    def is_in_order(self) -> bool:
-        """Tell whether packets come through. Raises OSError and DeviceError."""
-        return self.out.index() == self.pair.outlet and self.pair.is_in_order()
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Attached:
-    """What is hooked in; gone when ``held`` is closed, in whatever way."""
+    """What is hooked in; gone when its descriptors are closed, in whatever way."""
 
-    secret: bytes
+    path: Path
     peers: PrefixMap
     counters: CounterMap
     external: Link
     tun: Link
-    joining: _Joining | None
-    held: ExitStack
 
     def is_on(self, external: int, tun: int) -> bool:
-        """Tell whether it is on these devices, and not on former ones with the same indices.
+        """Tell whether it is on these devices, and not on former ones with the same indices."""
+        return (self.external.index(), self.tun.index()) == (external, tun)
 
-        Raises OSError and DeviceError.
-        """
-        if (self.external.index(), self.tun.index()) != (external, tun):
-            return False
-        return self.joining is None or self.joining.is_in_order()
+    def receive_by(self, inlet: int) -> None:
+        """Have received TCP put into that device; 0: into none. No packet is lost by it."""
+        if inlet == self.path.inlet:
+            return
+        path = replace(self.path, inlet=inlet)
+        # It is the next until the other goes.
+        new = _receive(path)
+        self.external.close()
+        self.path, self.external = path, new
+
+    def close(self) -> None:
+        """Take it off. Safe to repeat."""
+        for each in (self.tun, self.external, self.counters, self.peers):
+            each.close()
 
 
 class FastPath:
@@ -120,8 +115,7 @@ class FastPath:
         self._policies: Policies | None = None
         self._trouble = ""
         """Why there is none; empty if there is one, or it was not tried yet."""
-        self._apart = ""
-        """Why TCP packets are not joined; empty if they are."""
+        self._joining = Joining()
 
     @property
     def is_on(self) -> bool:
@@ -131,7 +125,7 @@ class FastPath:
     @property
     def secret(self) -> bytes:
         """What the tunnel's process must know while packets go by it; else empty."""
-        return b"" if self._attached is None else self._attached.secret
+        return b"" if self._attached is None else self._attached.path.secret
 
     def fileno(self) -> int | None:
         """Return the descriptor that becomes readable when `work` is due at once."""
@@ -155,6 +149,7 @@ class FastPath:
             if not self._trouble:
                 self._trouble = "FastPath is false"
                 self.report()
+                remove_left(tun)
             return
         self._tun = tun
         self._check_at = now() + CHECK
@@ -167,6 +162,7 @@ class FastPath:
                 self._attached = self._attach(tun, external)
                 self._put(self._peers.values())
                 log.info("The kernel moves most packets itself, without the tunnel's process")
+            self._attached.receive_by(self._joining.ensure(tun))
         except (FastPathError, DeviceError, OSError) as error:
             self._give_up(error)
         else:
@@ -176,8 +172,7 @@ class FastPath:
         """Tell whether the device that changed is one it needs, beside the TUN device."""
         if index == self._external.index or name == self._external.name:
             return True
-        joining = None if self._attached is None else self._attached.joining
-        return joining is not None and index in (joining.pair.inlet, joining.pair.outlet)
+        return self._joining.is_touched_by(index)
 
     def change(self, put: Iterable[PeerRoute], drop: Iterable[IPv4Network]) -> None:
         """Send to these peers from now on, and to those no more."""
@@ -204,7 +199,8 @@ class FastPath:
         try:
             words = " ".join(f"{name}={value}" for name, value in self.counters().items())
             if words:
-                words += f", TCP goes on one by one ({self._apart})" if self._apart else ""
+                why = self._joining.trouble
+                words += f", TCP goes on one by one ({why})" if why else ", TCP is joined"
         except OSError as error:
             words = f"on, but it cannot be read ({error.strerror})"
         log.info("udp fast path: %s", words or f"off ({self._trouble})")
@@ -246,13 +242,11 @@ class FastPath:
             raise FastPathError("this host has IPsec policies, which it would pass by")
 
     def _attach(self, tun: int, external: int) -> _Attached:
-        held = ExitStack()
-        try:
+        with ExitStack() as unfinished:
             peers = PrefixMap("flannel_peers", PEER_BYTES, _MOST_PEERS)
-            held.callback(peers.close)
+            unfinished.callback(peers.close)
             counters = CounterMap("flannel_counts", len(COUNTERS))
-            held.callback(counters.close)
-            secret = os.urandom(SECRET_BYTES)
+            unfinished.callback(counters.close)
             path = Path(
                 peers=peers.fd,
                 counters=counters.fd,
@@ -262,70 +256,42 @@ class FastPath:
                 tun=tun,
                 inlet=0,
                 mtu=self._mtu,
-                secret=secret,
+                secret=os.urandom(SECRET_BYTES),
             )
-            joining = self._join(path, held)
-            if joining is not None:
-                path = replace(path, inlet=joining.pair.inlet)
-            ingress = Program("flannel_in", programs.ingress(path))
-            held.callback(ingress.close)
-            egress = Program("flannel_out", programs.egress(path))
-            held.callback(egress.close)
-            # First what is received: what is sent tells the peers that they may send.
-            incoming = _hook_in(ingress, external, TCX_INGRESS)
-            held.callback(incoming.close)
-            outgoing = _hook_in(egress, tun, TCX_EGRESS)
-            held.callback(outgoing.close)
-            return _Attached(secret, peers, counters, incoming, outgoing, joining, held)
-        except BaseException:
-            held.close()
-            raise
-
-    def _join(self, path: Path, held: ExitStack) -> _Joining | None:
-        """Make the link that joins TCP packets; None, and said, if it cannot be had."""
-        with ExitStack() as mine:
-            try:
-                pair = GroLink.make(socket.if_indextoname(path.tun))
-                mine.callback(pair.close)
-                program = Program("flannel_joined", programs.joined(path))
-                mine.callback(program.close)
-                out = _hook_in(program, pair.outlet, TCX_INGRESS)
-                mine.callback(out.close)
-            except (DeviceError, OSError) as error:
-                if str(error) != self._apart:
-                    self._apart = str(error)
-                    log.warning("TCP packets from the peers go on one by one (%s)", error)
-                return None
-            held.push(mine.pop_all())
-            self._apart = ""
-            return _Joining(pair, out)
+            # Nobody is a peer yet, so it does not matter which is first.
+            incoming = _receive(path)
+            unfinished.callback(incoming.close)
+            outgoing = hook_in("flannel_out", programs.egress(path), tun, TCX_EGRESS)
+            unfinished.pop_all()
+            return _Attached(path, peers, counters, incoming, outgoing)
 
     def _give_up(self, error: Exception) -> None:
         self._detach()
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if isinstance(error, OSError) and error.errno == errno.EPERM:
-            why = "no right to load eBPF programs: CAP_BPF, and bpf in the system call filter"
+            why = (
+                "no right to load eBPF programs: it takes CAP_BPF, and bpf in the unit's"
+                " SystemCallFilter"
+            )
         if why != self._trouble:
             log.warning("All packets go through the tunnel's process: no fast path (%s)", why)
+            remove_left(self._tun)
         self._trouble = why
 
     def _detach(self) -> None:
         attached, self._attached = self._attached, None
         if attached is not None:
-            attached.held.close()
+            attached.close()
+        # Not before: until then packets are put into it.
+        self._joining.close()
 
     def _put(self, routes: Iterable[PeerRoute]) -> None:
         if self._attached is not None:
             self._attached.peers.put({_key(r.subnet): peer(r.public_ip) for r in routes})
 
 
-def _hook_in(program: Program, index: int, where: int) -> Link:
-    try:
-        return program.attach(index, where)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        raise FastPathError("this kernel has no TCX, which came with Linux 6.6") from None
+def _receive(path: Path) -> Link:
+    return hook_in("flannel_in", programs.ingress(path), path.external, TCX_INGRESS)
 
 
 def _key(subnet: IPv4Network) -> bytes:

@@ -128,7 +128,7 @@ def ingress(path: Path) -> bytes:
     return a.assemble()
 
 
-def joined(path: Path) -> bytes:
+def joined(tun: int) -> bytes:
     """The program for what comes out of the link behind the inlet: as if from the TUN device."""
     a = Assembler()
     a.mov(R6, R1)
@@ -137,7 +137,7 @@ def joined(path: Path) -> bytes:
     a.mov(R1, R6)
     a.mov(R2, skb.PACKET_HOST)
     a.call(skb.CHANGE_TYPE)
-    steps.receive_from(a, path.tun)
+    steps.receive_from(a, tun)
     # Not from us.
     skb.end_with(a, "pass", skb.DROP)
     return a.assemble()
