@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flanneld.errors import DeviceError, FlannelError
 from flanneld.flags import Options
-from flanneld.kernel.grolink import INLET, OUTLET
+from flanneld.kernel.grolink import NAMES
 from flanneld.kernel.link import read_host_facts
 from flanneld.kernel.netlink import EntrySocket
 from flanneld.kernel.state import PROTOCOL
@@ -31,7 +31,7 @@ _STOP_FIRST = "stop it first (systemctl stop flanneld), then clean up"
 # By kind: a vxlan network's, and what a killed udp daemon leaves.
 _DEVICES = {
     "vxlan": re.compile(r"flannel\.\d+"),
-    "veth": re.compile(rf"flannel\d+({INLET}|{OUTLET})"),
+    "veth": NAMES,
 }
 
 

@@ -16,9 +16,6 @@ log = logging.getLogger(__name__)
 # two looks when its events come in a storm.
 FAILED, GAP = 1.0, 0.1
 
-# The udp backend's device, where no other of that name was there before.
-_FIRST_TUN = "flannel0"
-
 
 class Device(Protocol):
     """The device through which the peers are reached."""
@@ -92,8 +89,8 @@ def remove_former(subnet: IPv4Network | None, keep: str) -> None:
     ``subnet`` is that of the former run, if known; ``keep`` the present device's name.
     """
     try:
-        if grolink.remove_unused(_FIRST_TUN):
-            log.info("Removed the link that %s of a former run had", _FIRST_TUN)
+        for name in grolink.remove_unused():
+            log.info("Removed %s, a device of a former run", name)
     except DeviceError as error:
         log.warning("%s", error)
     if subnet is None:

@@ -9,10 +9,10 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import socket
 import struct
 from contextlib import suppress
-from typing import Any
 
 from flanneld.errors import DeviceError
 from flanneld.kernel.device import Kernel, opened_kernel
@@ -20,6 +20,8 @@ from flanneld.kernel.hostwire import Device
 
 # Of names: what is added to the device's to which the packets go in the end.
 INLET, OUTLET = "-in", "-gro"
+NAMES = re.compile(rf"(flannel\d+)({INLET}|{OUTLET})")
+"""Of both ends; the first group is the TUN device's."""
 
 # linux/sockios.h, linux/ethtool.h
 _SIOCETHTOOL = 0x8946
@@ -36,7 +38,8 @@ _NO_IPV6 = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})
 class GroLink:
     """The pair, from `make` to `close`. A killed daemon leaves it behind, unused."""
 
-    def __init__(self, inlet: int, outlet: int) -> None:
+    def __init__(self, name: str, inlet: int, outlet: int) -> None:
+        self._name = name
         self.inlet = inlet
         """Index of the device into which packets are put."""
         self.outlet = outlet
@@ -44,12 +47,12 @@ class GroLink:
 
     @classmethod
     def make(cls, name: str) -> "GroLink":
-        """Make the pair, with names that begin with ``name``; one that was left goes first.
+        """Make the pair of a TUN device; what was left of any goes first.
 
         Raises DeviceError.
         """
         names = name + INLET, name + OUTLET
-        with opened_kernel(f"cannot make {names[1]}") as kernel:
+        with opened_kernel(f"cannot set up {names[0]} and {names[1]}") as kernel:
             for each in names:
                 _remove_left(kernel, each)
             queues = min(os.cpu_count() or 1, _MOST_QUEUES)
@@ -60,9 +63,9 @@ class GroLink:
                 # A pair in which the sender cuts gives its packets to the receiver one by one.
                 _set_offload(names[0], _ETHTOOL_STSO, on=False)
                 _set_offload(names[1], _ETHTOOL_SGRO, on=True)
-                return cls(*(_set_up(kernel, each) for each in names))
+                return cls(name, *(_set_up(kernel, each) for each in names))
             except BaseException:
-                _remove(kernel, name=names[0])
+                _remove_left(kernel, names[0])
                 raise
 
     def is_in_order(self) -> bool:
@@ -77,8 +80,10 @@ class GroLink:
     def close(self) -> None:
         """Remove the pair. Safe to repeat; what fails is left."""
         with suppress(DeviceError), opened_kernel("") as kernel:
-            device = kernel.device_at(self.inlet)
-            if device is not None and device.kind == "veth":
+            ends = [kernel.device_at(index) for index in (self.inlet, self.outlet)]
+            inlet = ends[0]
+            # One that is alone, and has another name, is somebody else's with the same index.
+            if all(map(_is_veth, ends)) or (inlet is not None and inlet.name == self._name + INLET):
                 _remove(kernel, index=self.inlet)
 
 
@@ -89,24 +94,28 @@ def remove_left(tun: str) -> None:
             _remove_left(kernel, tun + end)
 
 
-def remove_unused(tun: str) -> bool:
-    """Remove the pair of a TUN device that is not there; it goes with its daemon, they do not.
+def remove_unused() -> list[str]:
+    """Remove the pairs of TUN devices that are gone, as these do with their daemon.
 
-    Returns whether there was one. Raises DeviceError.
+    Returns their names. Raises DeviceError.
     """
-    with opened_kernel(f"cannot remove {tun + INLET}") as kernel:
-        pair = kernel.device(tun + INLET)
-        if pair is None or pair.kind != "veth" or kernel.device(tun) is not None:
-            return False
-        _remove(kernel, index=pair.index)
-        return True
+    with opened_kernel("cannot look for devices of a former run") as kernel:
+        devices = {device.name: device for device in kernel.devices()}
+        found = [
+            name
+            for name, device in devices.items()
+            if _is_veth(device) and (ours := NAMES.fullmatch(name)) and ours[1] not in devices
+        ]
+        for name in found:
+            _remove_left(kernel, name)
+        return found
 
 
 def _remove_left(kernel: Kernel, name: str) -> None:
     device = kernel.device(name)
     if device is None:
         return
-    if device.kind != "veth":
+    if not _is_veth(device):
         raise DeviceError(
             f"{name} exists and is no veth device (but {device.kind or 'another kind'}),"
             " so it is not flannel's: rename or delete it"
@@ -124,13 +133,17 @@ def _set_up(kernel: Kernel, name: str) -> int:
     return device.index
 
 
-def _remove(kernel: Kernel, **which: Any) -> None:
+def _remove(kernel: Kernel, index: int) -> None:
     with suppress(OSError):
-        kernel.link("del", **which)
+        kernel.link("del", index=index)
+
+
+def _is_veth(device: Device | None) -> bool:
+    return device is not None and device.kind == "veth"
 
 
 def _is_usable(device: Device) -> bool:
-    return device.up and (device.kind, device.mtu) == ("veth", _MTU)
+    return _is_veth(device) and device.up and device.mtu == _MTU
 
 
 def _set_offload(name: str, command: int, *, on: bool) -> None:

@@ -403,7 +403,8 @@ def test_a_stuck_tunnel_does_not_stop_what_goes_by_it(make_lab: MakeLab) -> None
     one, two = (host.containers[0] for host in lab.hosts)
     freeze(pid)
     try:
-        assert one.ping(two.address, count=20).lost == 0
+        # One in some seconds goes the slow way.
+        assert one.ping(two.address, count=20).lost <= 1
     finally:
         if is_running(pid):
             thaw(pid)

@@ -7,19 +7,21 @@ import select
 import signal
 import socket
 import time
+from contextlib import suppress
 
 import pytest
 from network import PATIENCE, MakeLab, put_config
 from test_udp_fast_path import WITHOUT_BPF, get_acquainted, make, received_fast
 from test_udp_network import running, wait_connected
-from test_udp_programs import ETH_P_ALL, TCP, UDP, inner, packet_socket
+from test_udp_programs import ETH_P_ALL, ETH_P_IP, TCP, UDP, inner, packet_socket
 from transfer import both_ways, one_way
 
 from bench.pairs import Pair, as_over_a_wire
-from flanneld.kernel import bpf
+from flanneld.kernel import bpf, grolink
 from flanneld.kernel.grolink import GroLink
 from lab import Container, Host, eventually
 from lab.daemon import FLANNELD
+from lab.process import LabError
 from lab.tunnel import MTU
 
 INLET, OUTLET = "flannel0-in", "flannel0-gro"
@@ -67,6 +69,10 @@ def test_tcp_over_a_wire_is_joined(pair: Pair) -> None:
     one_way(one, two, megabytes=4)
     assert received_fast(pair.tunnels[1]) > 2_500
     assert lengths.longest() > 4 * MTU
+    for end in (INLET, OUTLET):
+        (link,) = two.host.ip_json("-d", "address", "show", "dev", end)
+        assert (link["mtu"], link["addr_info"]) == (65535, [])
+        assert link["num_rx_queues"] == min(os.cpu_count() or 1, 16)
     # Nothing but TCP waits for others to be joined with.
     before = two.host.ip_json("-s", "link", "show", OUTLET)[0]["stats64"]["rx"]["packets"]
     assert one.ping(two.address, count=3).lost == 0
@@ -95,6 +101,8 @@ def test_only_ipv4_comes_out(pair: Pair) -> None:
     host = two.host
     out = packet_socket(host, "flannel0", ETH_P_ALL)
     into = packet_socket(host, INLET, ETH_P_ALL)
+    # What is not taken out goes on here.
+    on = [packet_socket(host, OUTLET, kind) for kind in (0x86DD, 0x0806, ETH_P_IP)]
     packets = [inner(kind, source="10.5.1.9", target=str(two.address)) for kind in (TCP, UDP)]
     for kind in (b"\x86\xdd", b"\x08\x06", b"\x08\0"):
         for packet in packets:
@@ -109,6 +117,7 @@ def test_only_ipv4_comes_out(pair: Pair) -> None:
         ):
             heard.append(data)
     assert heard == packets
+    assert select.select(on, [], [], 0.0)[0] == []
 
 
 def test_without_it_packets_go_on_one_by_one(
@@ -185,13 +194,18 @@ def test_it_ends_with_the_daemon_or_is_replaced(make_lab: MakeLab) -> None:
     assert not devices(host) & {INLET, OUTLET}
     daemon.start().wait_ready()
     daemon.kill9()
+    left = {link["ifindex"] for link in host.ip_json("link", "show", "type", "veth")}
     assert devices(host) >= {INLET, OUTLET}
     daemon.start().wait_ready()
     wait_connected(lab)
+    assert "one by one" not in daemon.log()
+    assert devices(host) >= {INLET, OUTLET}
+    for name in (INLET, OUTLET):
+        assert host.ip_json("link", "show", name)[0]["ifindex"] not in left
     one_way(host.containers[0], lab.hosts[1].containers[0], megabytes=1)
     daemon.kill9()
     done = host.run([*FLANNELD, "--cleanup", f"--subnet-file={host.subnet_file}"])
-    assert {f"removed device {INLET}", f"removed device {OUTLET}"} & {*done.stdout.splitlines()}
+    assert {f"removed device {INLET}", f"removed device {OUTLET}"} <= {*done.stdout.splitlines()}
     assert not devices(host) & {INLET, OUTLET}
 
 
@@ -211,6 +225,49 @@ def test_a_start_that_makes_none_removes_what_was_left(make_lab: MakeLab) -> Non
     put_config(lab, Backend={"Type": "host-gw"})
     daemon.start().wait_ready()
     eventually(lambda: not devices(host) & {INLET, OUTLET}, PATIENCE, "their end")
+
+
+def refused(*_: object, **__: object) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_a_pair_that_cannot_be_set_up_is_removed(
+    make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(grolink, "_set_offload", refused)
+    pair = make(make_lab(2, etcd=False), True, True)
+    for container in pair.containers:
+        assert not devices(container.host) & {INLET, OUTLET}
+    assert len([r for r in caplog.records if "one by one" in r.getMessage()]) == 2
+    get_acquainted(pair)
+    one, two = pair.containers
+    one_way(one, two, megabytes=1)
+
+
+def test_who_changes_it_again_and_again_has_his_way(make_lab: MakeLab) -> None:
+    lab, daemons = running(make_lab)
+    one, two = (host.containers[0] for host in lab.hosts)
+    as_over_a_wire(one.host)
+    said = "is set down or changed again and again, by somebody else"
+
+    def given_up() -> bool:
+        with suppress(LabError):  # it is not there for a moment
+            two.host.ip(f"link set {OUTLET} down")
+        return said in daemons[1].log()
+
+    eventually(given_up, PATIENCE, "the daemon to give it up")
+    assert daemons[1].log().count("both are made anew") <= 4
+    assert not devices(two.host) & {INLET, OUTLET}
+    one_way(one, two, megabytes=4)
+
+
+def test_a_stranger_with_its_index_is_left_alone(make_lab: MakeLab) -> None:
+    (host,) = make_lab(1, etcd=False).hosts
+    pair = host.inside(lambda: GroLink.make("flannel9"))
+    host.ip("link del flannel9-in", f"link add stranger index {pair.inlet} type veth peer name s1")
+    assert not host.inside(pair.is_in_order)
+    host.inside(pair.close)
+    assert devices(host) >= {"stranger", "s1"}
 
 
 def test_a_kernel_without_tcx_is_not_made_to_make_devices(

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # Seconds until the link is tried again that could not be made.
 AGAIN = 60.0
+# How often a link is made anew that lasts for less than so many seconds.
+_OFTEN, _SHORT = 3, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +33,9 @@ class _Made:
     out: Link
     tun: int
 
-    def is_in_order(self, tun: int) -> bool:
-        """Tell whether packets come through, to that device. Raises OSError and DeviceError."""
-        return ((self.tun, self.out.index()) == (tun, self.pair.outlet)) and self.pair.is_in_order()
+    def is_in_order(self) -> bool:
+        """Tell whether packets come through. Raises OSError and DeviceError."""
+        return self.out.index() == self.pair.outlet and self.pair.is_in_order()
 
 
 class Joining:
@@ -41,7 +43,8 @@ class Joining:
 
     def __init__(self) -> None:
         self._made: _Made | None = None
-        self._again_at = 0.0
+        self._made_at = self._again_at = 0.0
+        self._short_lived = 0
         self.trouble = ""
         """Why there is none; empty if there is one, or it was not tried yet."""
 
@@ -57,32 +60,48 @@ class Joining:
         to be put; 0 if there is none, which is said once. Raises OSError if that device is gone.
         """
         name = socket.if_indextoname(tun)
+        made = self._made
+        if made is not None and made.tun == tun and self._may_stay(made):
+            return made.pair.inlet
+        if made is None and now() < self._again_at:
+            return 0
+        self.close()
         try:
-            if self._made is not None and self._made.is_in_order(tun):
-                return self._made.pair.inlet
-            if self._made is not None:
-                if self._made.tun == tun:
-                    both = f"{name + INLET} or {name + OUTLET}"
-                    log.warning("%s was gone, down or changed: both are made anew", both)
-                self.close()
-            elif now() < self._again_at:
-                return 0
+            if made is not None and made.tun == tun:
+                self._mend(name)
             self._made = self._make(name, tun)
         except (DeviceError, OSError) as error:
-            self.close()
             self._again_at = now() + AGAIN
             if str(error) != self.trouble:
                 self.trouble = str(error)
                 log.warning(
                     "TCP packets from the peers go on one by one, which is slower (%s);"
-                    " looked at again every minute",
+                    " tried again every minute",
                     error,
                 )
             return 0
+        self._made_at = now()
         if self.trouble:
             self.trouble = ""
             log.info("TCP packets from the peers are joined")
         return self._made.pair.inlet
+
+    @staticmethod
+    def _may_stay(made: _Made) -> bool:
+        """Tell whether the link is in order, or cannot be looked at."""
+        try:
+            return made.is_in_order()
+        except (DeviceError, OSError):
+            return True  # looked at again in some seconds
+
+    def _mend(self, name: str) -> None:
+        """Say that it is made anew. Raises DeviceError if that does not last."""
+        both = f"{name + INLET} or {name + OUTLET}"
+        self._short_lived = self._short_lived + 1 if now() - self._made_at < _SHORT else 0
+        if self._short_lived > _OFTEN:
+            self._short_lived = 0
+            raise DeviceError(f"{both} is set down or changed again and again, by somebody else")
+        log.warning("%s was gone, down or changed: both are made anew", both)
 
     def close(self) -> None:
         """Remove the link. Safe to repeat."""
