@@ -56,7 +56,7 @@ help:
 	@echo "               PEER=/path/to/flanneld measures another one beside it; results in build/bench"
 	@echo "make bench-vxlan  TCP between pods: our vxlan device against one made by hand (root; 1 min)"
 	@echo "make soak-udp  2 GB of random data each way through the udp tunnel (root)"
-	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 6 min)"
+	@echo "make bench-udp the udp tunnel's speed beside a C loop and the kernel (root; 13 min)"
 	@echo "make bench-hosts  many hosts, without a kernel, on one real etcd: what that costs etcd"
 	@echo "               (10 min; HOSTS=2000 is the default, not demo's 3); results in build/bench"
 	@echo "make install-system  flanneld as a service of this machine, or of the tree DESTDIR= (PREFIX=$(PREFIX))"
@@ -139,6 +139,9 @@ bench: compiled
 
 bench-udp: compiled
 	$(BIN)/python -m bench.udp_tunnel
+	@echo
+	@echo "As between two machines: network cards that cut and join, a processor for each host"
+	$(BIN)/python -m bench.udp_tunnel --wire
 
 # As many as were asked for on the command line, else not demo's few.
 bench-hosts: compiled
