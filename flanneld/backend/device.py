@@ -7,7 +7,6 @@ from typing import Protocol
 
 from flanneld.clock import now
 from flanneld.errors import DeviceError
-from flanneld.kernel import grolink
 from flanneld.kernel.netlink import KernelEvent, Overflow
 
 log = logging.getLogger(__name__)
@@ -88,6 +87,9 @@ def remove_former(subnet: IPv4Network | None, keep: str) -> None:
 
     ``subnet`` is that of the former run, if known; ``keep`` the present device's name.
     """
+    # Only after the start, which has to be short.
+    from flanneld.kernel import grolink
+
     try:
         for name in grolink.remove_unused():
             log.info("Removed %s, a device of a former run", name)
