@@ -47,7 +47,7 @@ class GroLink:
 
     @classmethod
     def make(cls, name: str) -> "GroLink":
-        """Make the pair of a TUN device; what was left of any goes first.
+        """Make the pair of a TUN device; one that was left with its names goes first.
 
         Raises DeviceError.
         """

@@ -20,7 +20,7 @@ from flanneld.kernel.grolink import INLET, OUTLET, GroLink
 log = logging.getLogger(__name__)
 
 # Seconds until the link is tried again that could not be made.
-AGAIN = 60.0
+_AGAIN = 60.0
 # How often a link is made anew that lasts for less than so many seconds.
 _OFTEN, _SHORT = 3, 2.0
 
@@ -71,7 +71,7 @@ class Joining:
                 self._mend(name)
             self._made = self._make(name, tun)
         except (DeviceError, OSError) as error:
-            self._again_at = now() + AGAIN
+            self._again_at = now() + _AGAIN
             if str(error) != self.trouble:
                 self.trouble = str(error)
                 log.warning(
